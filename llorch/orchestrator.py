@@ -1,0 +1,222 @@
+"""The registry of tasks and the only door for `api`: submit, get, cancel, list, read, health, close.
+
+The one rule: a task is in the registry from the step that admits it until retention forgets it; what it
+does in between is the business of its pool.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import msgspec
+
+from llorch.errors import TaskNotFound, TooManyStreams, UnknownPool
+from llorch.pool import Pool
+from llorch.task import State, Task, TaskRequest
+
+log = logging.getLogger("llorch.orchestrator")
+
+KEPT_AT_LEAST_S = 10.0
+
+
+class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What readers may do and how long finished tasks stay readable (seconds, bytes)."""
+
+    max_readers: int
+    retain_s: float
+    retain_bytes: int
+    cancel_on_disconnect: bool
+    disconnect_grace_s: float
+
+
+class Orchestrator:
+    """All tasks of all pools."""
+
+    def __init__(self, pools: list[Pool], settings: StreamSettings, *, tickets: bool) -> None:
+        self.pools = {pool.pool_id: pool for pool in pools}
+        self.default_pool = pools[0].pool_id
+        self.settings = settings
+        self.stopping = False
+        self._tickets = tickets
+        self._tasks: dict[str, Task] = {}
+        self._finished: OrderedDict[str, Task] = OrderedDict()
+        self._finished_bytes = 0
+        self._readers: dict[str, int] = {}
+        self._reader_count = 0
+        self._abandoned: dict[str, asyncio.TimerHandle] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+        self.listeners: list[Callable[[Pool, Task, State | None], None]] = []
+
+    # -- the door -----------------------------------------------------------------------------
+
+    def pool(self, pool_id: str | None) -> Pool:
+        """The pool of that name, the default one for None; raises UnknownPool."""
+        name = self.default_pool if pool_id is None else pool_id
+        if name not in self.pools:
+            known = ", ".join(sorted(self.pools))
+            raise UnknownPool(f"no pool {name!r}", hint=f"the pools are: {known}")
+        return self.pools[name]
+
+    async def submit(
+        self, request: TaskRequest, *, correlation_id: str | None = None, identity: str | None = None
+    ) -> Task:
+        """Admit a task [MVP-030, MVP-031].
+
+        Raises UnknownPool, PoolUnready, PoolUnavailable, QueueFull, ContextOverflow, InvalidParams,
+        BodyTooLarge; a refused or cancelled call leaves nothing behind.
+        """
+        pool = self.pool(request.pool_id)
+        pool.check_readiness()
+        reservation = pool.reserve(request.size_bytes)
+        try:
+            prompt, max_tokens = await pool.fit(request, reservation)
+            pool.check_readiness()  # the world may have changed while the engine was asked
+            task = Task(
+                secrets.token_hex(16),
+                request,
+                prompt=prompt,
+                max_tokens=max_tokens,
+                pool_id=pool.pool_id,
+                now=asyncio.get_running_loop().time,
+                on_transition=self._on_transition,
+                correlation_id=correlation_id,
+                identity=identity,
+                ticket=secrets.token_hex(16) if self._tickets else None,
+            )
+            pool.admit(reservation, task)
+            return task
+        finally:
+            reservation.release()
+
+    def get(self, task_id: str) -> Task:
+        """The task; raises TaskNotFound."""
+        task = self._tasks.get(task_id)
+        if task is None:
+            raise TaskNotFound(f"no task {task_id[:40]!r}", hint="finished tasks are kept for stream.retain_s")
+        return task
+
+    def recent(self, state: State | None, limit: int) -> list[Task]:
+        """At most `limit` tasks, newest first, in `state` if one is given."""
+        chosen = (task for task in reversed(self._tasks.values()) if state is None or task.state is state)
+        return list(islice(chosen, limit))
+
+    def cancel(self, task_id: str) -> Task:
+        """End the task now if it has not ended [MVP-032]; raises TaskNotFound."""
+        task = self.get(task_id)
+        task.cancel()
+        return task
+
+    @contextmanager
+    def reading(self, task: Task) -> Iterator[None]:
+        """Count a reader of `task` while it reads; raises TooManyStreams."""
+        if self._reader_count >= self.settings.max_readers:
+            raise TooManyStreams(
+                f"{self._reader_count} streams are open", hint="raise stream.max_readers", retry_after_ms=1000
+            )
+        self._reader_count += 1
+        self._readers[task.id] = self._readers.get(task.id, 0) + 1
+        if (abandoned := self._abandoned.pop(task.id, None)) is not None:
+            abandoned.cancel()
+        try:
+            yield
+        finally:
+            self._reader_count -= 1
+            self._readers[task.id] -= 1
+            if not self._readers[task.id]:
+                del self._readers[task.id]
+                self._last_reader_left(task)
+
+    @property
+    def reader_count(self) -> int:
+        """Open streams, over all tasks."""
+        return self._reader_count
+
+    def _last_reader_left(self, task: Task) -> None:
+        if self.settings.cancel_on_disconnect and not task.state.final:
+            grace_s = self.settings.disconnect_grace_s
+            self._abandoned[task.id] = asyncio.get_running_loop().call_later(grace_s, self._abandon, task)
+
+    def _abandon(self, task: Task) -> None:
+        del self._abandoned[task.id]
+        task.cancel()
+
+    # -- what follows from a transition ---------------------------------------------------------
+
+    def _on_transition(self, task: Task, previous: State | None) -> None:
+        pool = self.pools[task.pool_id]
+        if previous is None:
+            self._tasks[task.id] = task
+        elif task.state.final:
+            self._keep(task)
+            if (abandoned := self._abandoned.pop(task.id, None)) is not None:
+                abandoned.cancel()
+        for listener in self.listeners:
+            listener(pool, task, previous)
+        if previous is State.QUEUED and task.state.final:
+            pool.withdraw(task)
+
+    def _keep(self, task: Task) -> None:
+        self._finished[task.id] = task
+        self._finished_bytes += task.log.size_bytes
+        if self._sweep is None:
+            self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Drop finished tasks over age or bytes, oldest ended first; look again when the next is due."""
+        loop, settings = asyncio.get_running_loop(), self.settings
+        self._sweep, now = None, loop.time()
+        due_s = settings.retain_s
+        for task in list(self._finished.values()):
+            age_s = now - (task.ended_at or now)
+            limit_s = KEPT_AT_LEAST_S if self._finished_bytes > settings.retain_bytes else settings.retain_s
+            if age_s < min(limit_s, settings.retain_s):
+                due_s = min(limit_s, settings.retain_s) - age_s
+                break
+            if task.id not in self._readers:
+                del self._finished[task.id], self._tasks[task.id]
+                self._finished_bytes -= task.log.size_bytes
+        if self._finished:
+            self._sweep = loop.call_later(max(due_s, 1.0), self._forget_old)
+
+    # -- life -----------------------------------------------------------------------------------
+
+    async def first_probe(self, within_s: float) -> None:
+        """Probe every pool once, for at most `within_s` seconds."""
+        await asyncio.wait(
+            [asyncio.create_task(pool.replica.probe(), name="first-probe") for pool in self.pools.values()],
+            timeout=within_s,
+        )
+
+    async def run(self) -> None:
+        """Keep every pool at work; returns only by cancellation, or raises if one of its coroutines has a bug."""
+        async with asyncio.TaskGroup() as group:
+            for pool in self.pools.values():
+                group.create_task(pool.replica.watch(), name=f"probe-{pool.pool_id}")
+                group.create_task(pool.replica.drain(), name=f"drain-{pool.pool_id}")
+                group.create_task(pool.watch_queue(), name=f"pool-{pool.pool_id}")
+
+    def stop(self) -> None:
+        """Refuse new tasks, fail the waiting ones; running ones go on."""
+        self.stopping = True
+        for pool in self.pools.values():
+            pool.stop()
+
+    async def finished(self) -> None:
+        """Return when no task runs."""
+        for pool in self.pools.values():
+            await pool.finished()
+
+    async def close(self) -> None:
+        """Fail what still runs and close every engine connection; call `stop` first."""
+        for pool in self.pools.values():
+            await pool.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for abandoned in self._abandoned.values():
+            abandoned.cancel()
+
+

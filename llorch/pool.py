@@ -1,0 +1,343 @@
+"""One pool: a queue, a replica, and the dispatcher between them.
+
+The one rule: `dispatch` is a plain method, and every plain change that can let the head of the queue go
+ends by calling it. So a task goes out in the same step that freed its slot; nothing polls, nothing overtakes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+
+from llorch.admission import AdmissionQueue, Reservation
+from llorch.engine import (
+    Chunk,
+    Engine,
+    EngineBroken,
+    EngineFailure,
+    EngineMisconfigured,
+    EngineRefused,
+    EngineStalled,
+    Generation,
+)
+from llorch.errors import (
+    BodyTooLarge,
+    ContextOverflow,
+    InvalidParams,
+    LlorchError,
+    PoolUnavailable,
+    PoolUnready,
+    QueueFull,
+)
+from llorch.estimate import ServiceEstimate
+from llorch.events import Error
+from llorch.replica import Health, Lease, Replica
+from llorch.task import Task, TaskRequest
+
+log = logging.getLogger("llorch.pool")
+
+TEMPLATE_SLACK_TOKENS = 8
+RETRY_JITTER_S = (0.05, 0.25)
+
+
+class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of one pool. `_s` are seconds, `ctx` and `max_tokens*` tokens; `ctx` 0 is the engine's own."""
+
+    capacity: int
+    max_bytes: int
+    max_wait_s: float
+    default_retry_after_ms: int
+    ctx: int
+    max_tokens_default: int
+    max_tokens: int
+    retries: int
+    first_token_s: float
+    idle_s: float
+    wall_s: float
+
+
+class Pool:
+    """Admission, dispatch and execution of the tasks of one engine and model."""
+
+    def __init__(
+        self,
+        pool_id: str,
+        engine: Engine,
+        settings: PoolSettings,
+        *,
+        slots: int | None,
+        drain_s: float,
+        on_readiness: Callable[["Pool", Replica], None],
+        chance: random.Random | None = None,
+    ) -> None:
+        self.pool_id = pool_id
+        self.engine = engine
+        self.settings = settings
+        self.estimate = ServiceEstimate(settings.default_retry_after_ms)
+        self.queue = AdmissionQueue(settings.capacity, settings.max_bytes, self._queue_full)
+        self.replica = Replica(
+            f"{pool_id}-0", engine, slots=slots, drain_s=drain_s, on_change=self._replica_changed, chance=chance
+        )
+        self.stopping = False
+        self._on_readiness = on_readiness
+        self._said_readiness: tuple[bool, str | None] | None = None
+        self._chance = chance or random.Random()
+        self._running: dict[asyncio.Task[None], Task] = {}
+
+    # -- admission ----------------------------------------------------------------------------
+
+    def check_readiness(self) -> None:
+        """Raise PoolUnready or PoolUnavailable if no new task can be taken now."""
+        if self.stopping:
+            raise self._refusal(PoolUnavailable, "llorch is stopping")
+        replica = self.replica
+        if replica.ready:
+            return
+        if replica.health in (Health.UNKNOWN, Health.LOADING):
+            raise self._refusal(PoolUnready, f"pool {self.pool_id} is not ready: {replica.health.value}")
+        reason = replica.stuck or replica.last_error or replica.health.value
+        raise self._refusal(PoolUnavailable, f"pool {self.pool_id} is unavailable: {reason}")
+
+    def reserve(self, size_bytes: int) -> Reservation:
+        """Hold a place for a prompt of `size_bytes`; raises QueueFull, or BodyTooLarge if it can never fit."""
+        if size_bytes > self.queue.max_bytes:
+            message = f"the prompt has {size_bytes} bytes, queue.max_bytes is {self.queue.max_bytes}"
+            raise BodyTooLarge(message, engine=self.engine.name)
+        return self.queue.reserve(size_bytes, 0 if len(self.queue) else self.replica.free_slots)
+
+    async def fit(self, request: TaskRequest, reservation: Reservation) -> tuple[str, int]:
+        """The prompt as the engine will get it, and its max_tokens, checked against the context [MVP-030].
+
+        Asks the engine only where bytes alone don't settle it. Raises ContextOverflow, QueueFull,
+        InvalidParams, PoolUnavailable.
+        """
+        try:
+            prompt = request.prompt
+            if prompt is None:
+                prompt = await self.engine.render(request.messages)
+                reservation.resize(len(prompt.encode()))
+            return prompt, await self._max_tokens(prompt, reservation.size_bytes, request.max_tokens)
+        except EngineFailure as failure:
+            self._refuse_for(failure)
+
+    async def _max_tokens(self, prompt: str, size_bytes: int, asked: int | None) -> int:
+        ctx = self.ctx
+        wanted = asked or min(self.settings.max_tokens_default, self.settings.max_tokens)
+        if size_bytes + TEMPLATE_SLACK_TOKENS + wanted <= ctx:
+            return wanted
+        tokens_in = await self.engine.tokenize(prompt)
+        left = ctx - tokens_in
+        if left < (asked or 1):
+            raise ContextOverflow(
+                f"{tokens_in} prompt tokens + {asked or 'at least 1'} max_tokens > {ctx} tokens of context",
+                engine=self.engine.name,
+                hint="shorten the prompt, ask for fewer max_tokens, or give the engine a larger context",
+            )
+        return min(wanted, left)
+
+    @property
+    def ctx(self) -> int:
+        """Tokens of context that one task may use."""
+        props = self.replica.props
+        limits = [limit for limit in (self.settings.ctx, props.ctx if props else 0) if limit]
+        return min(limits, default=0)
+
+    def _refuse_for(self, failure: EngineFailure) -> NoReturn:
+        name = self.engine.name
+        if failure.code == "INVALID_PARAMS":
+            raise InvalidParams(f"the engine refused the prompt: {failure}", engine=name) from failure
+        if failure.code == "CONTEXT_OVERFLOW":
+            raise ContextOverflow(str(failure), engine=name) from failure
+        self.replica.suspect(str(failure))
+        raise self._refusal(PoolUnavailable, f"the engine did not answer: {failure}") from failure
+
+    def admit(self, reservation: Reservation, task: Task) -> None:
+        """Give `task` its place, append `started`, and let it go if it can; raises QueueFull."""
+        strict_ahead = self.queue.waiting_strict
+        position = self.queue.admit(reservation, task)
+        predicted = self.estimate.predicted_start_ms(
+            self._running_s(), self.replica.slots, ahead=position, strict_ahead=strict_ahead, strict=task.strict
+        )
+        task.admit(position, predicted)
+        self.dispatch()
+
+    def _running_s(self) -> list[float]:
+        now = asyncio.get_running_loop().time()
+        return [now - lease.since for lease in self.replica.leases]
+
+    def _queue_full(self, message: str) -> QueueFull:
+        head = self.queue.head
+        wait_ms = self.estimate.retry_after_ms(
+            self._running_s(), self.replica.slots, head_is_strict=head is not None and head.strict
+        )
+        return QueueFull(message, engine=self.engine.name, retry_after_ms=wait_ms)
+
+    def _refusal(self, kind: type[LlorchError], message: str) -> LlorchError:
+        return kind(message, engine=self.engine.name, retry_after_ms=self.settings.default_retry_after_ms)
+
+    # -- dispatch -----------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """While the head of the queue can go, start it. Plain; safe to call at any time."""
+        while not self.stopping and (task := self.queue.head) is not None:
+            lease = self.replica.try_lease(exclusive=task.strict)
+            if lease is None:
+                return
+            self.queue.remove(task)
+            if not task.start(lease):
+                lease.close(clean=True)
+                continue
+            runner = asyncio.create_task(self._run(task, lease), name=f"run-{task.id[:8]}")
+            lease.runner = runner
+            self._running[runner] = task
+            runner.add_done_callback(lambda done, task=task, lease=lease: self._ran(done, task, lease))
+
+    def withdraw(self, task: Task) -> None:
+        """Take an ended task out of the queue if it stands there, and let the next go."""
+        if self.queue.remove(task):
+            self.dispatch()
+
+    def _replica_changed(self, replica: Replica) -> None:
+        said = (replica.ready, None if replica.ready else replica.stuck or replica.last_error)
+        if said != self._said_readiness:
+            self._said_readiness = said
+            self._on_readiness(self, replica)
+        self.dispatch()
+
+    # -- execution ----------------------------------------------------------------------------
+
+    async def _run(self, task: Task, lease: Lease) -> None:
+        """Carry one task through: generate, retry while no byte came, end the task, close the lease."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        one_slot = self.replica.slots == 1
+        generation = Generation(
+            prompt=task.prompt,
+            max_tokens=task.max_tokens,
+            sampling=task.request.sampling,
+            slot=0 if task.strict or one_slot else None,
+            cache_prompt=not task.strict,
+        )
+        retries_left = self.settings.retries
+        while True:
+            failure = await self._attempt(task, lease, generation, started)
+            if failure is None:
+                return
+            if not isinstance(failure, EngineRefused):
+                break
+            log.warning("the engine closed the door, %d tries left: %s", retries_left, failure, extra={"task": task})
+            self.replica.suspect(str(failure))
+            if not retries_left or not await self._wait_to_retry(lease, failure, started):
+                break
+            retries_left -= 1
+        self._fail(task, lease, failure)
+
+    async def _attempt(
+        self, task: Task, lease: Lease, generation: Generation, started: float
+    ) -> EngineFailure | None:
+        """Generate once; None when the task has ended, else what went wrong."""
+        settings, loop = self.settings, asyncio.get_running_loop()
+        wall = started + settings.wall_s
+        phase = f"no token within {settings.first_token_s:g} s of dispatch"
+        try:
+            async with asyncio.timeout_at(min(started + settings.first_token_s, wall)) as deadline:
+                lease.sent = True
+                async with contextlib.aclosing(self.engine.generate(generation)) as chunks:
+                    async for chunk in chunks:
+                        if self._take(task, lease, chunk):
+                            return None
+                        self.replica.progress()
+                        phase = f"no token for {settings.idle_s:g} s, or over {settings.wall_s:g} s in all"
+                        deadline.reschedule(min(loop.time() + settings.idle_s, wall))
+        except EngineFailure as failure:
+            lease.sent = failure.sent
+            return failure
+        except TimeoutError:
+            return EngineStalled(phase)
+        return EngineBroken("the engine's stream ended without its final frame")
+
+    def _take(self, task: Task, lease: Lease, chunk: Chunk) -> bool:
+        """Hand a chunk to the task; True when the task has ended and the lease is closed."""
+        for text in chunk.texts:
+            task.token(text)
+        if chunk.final is None:
+            return False
+        final = chunk.final
+        self.estimate.record(asyncio.get_running_loop().time() - lease.since)
+        lease.close(clean=True)
+        task.complete(final.finish_reason, tokens_out=final.tokens_out, tokens_in=final.tokens_in)
+        return True
+
+    async def _wait_to_retry(self, lease: Lease, failure: EngineFailure, started: float) -> bool:
+        """Wait on the same lease until the engine can be tried again; False if that comes too late."""
+        try:
+            async with asyncio.timeout_at(started + self.settings.first_token_s):
+                if failure.sent:
+                    await lease.drain()
+                await self.replica.until_dispatchable()
+                await asyncio.sleep(self._chance.uniform(*RETRY_JITTER_S))
+        except TimeoutError:
+            return False
+        return True
+
+    def _fail(self, task: Task, lease: Lease, failure: EngineFailure) -> None:
+        if isinstance(failure, EngineMisconfigured):
+            self.replica.misconfigured(str(failure))
+        elif isinstance(failure, EngineBroken):
+            self.replica.suspect(str(failure))
+        lease.close(clean=not failure.sent)
+        retry_after_ms = self.settings.default_retry_after_ms if failure.retriable else None
+        task.fail(Error(failure.code, failure.retriable, retry_after_ms, str(failure)))
+
+    def _ran(self, runner: asyncio.Task[None], task: Task, lease: Lease) -> None:
+        """The last word on every runner, however it ended: its task has ended and its lease is closed."""
+        del self._running[runner]
+        bug = None if runner.cancelled() else runner.exception()
+        if bug is not None:
+            log.error("a bug ended task %s", task.id, exc_info=bug, extra={"task": task})
+        lease.close(clean=not lease.sent)
+        task.fail(Error("INTERNAL", retriable=False, message="a bug in llorch ended this task; see its log"))
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def watch_queue(self) -> None:
+        """Fail tasks that waited longer than `max_wait_s`. Runs until cancelled."""
+        while True:
+            async with self.queue.changed:
+                head = self.queue.head
+                deadline = None if head is None else head.admitted_at + self.settings.max_wait_s
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await self.queue.changed.wait()
+                except TimeoutError:
+                    pass  # the head has waited long enough
+            self._expire()
+
+    def _expire(self) -> None:
+        limit_s = self.settings.max_wait_s
+        while (head := self.queue.head) is not None and head.now() >= head.admitted_at + limit_s:
+            message = f"waited {limit_s:g} s for a free slot"
+            head.fail(Error("QUEUE_TIMEOUT", True, self._queue_full("").retry_after_ms, message))
+
+    def stop(self) -> None:
+        """Stop dispatch and admission; fail what waits, at once."""
+        self.stopping = True
+        for task in list(self.queue):
+            task.fail(Error("POOL_UNAVAILABLE", True, self.settings.default_retry_after_ms, "llorch is stopping"))
+
+    async def finished(self) -> None:
+        """Return when nothing runs."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def close(self) -> None:
+        """Fail what still runs and close every engine connection; call `stop` first."""
+        for task in list(self._running.values()):
+            task.fail(Error("WORKER_RESET", True, self.settings.default_retry_after_ms, "llorch is stopping"))
+        await self.finished()
+        self.replica.stop()
+        await self.engine.close()

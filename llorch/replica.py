@@ -1,0 +1,322 @@
+"""One engine endpoint: its slots and leases, its readiness, its version.
+
+The one rule: a slot is held by a lease from the start of a task until the engine has really let go.
+`try_lease` and `Lease.close` are plain; what still has to drain is this module's own business from then on.
+"""
+
+import asyncio
+import contextlib
+import enum
+import logging
+import random
+from collections.abc import Callable
+
+from llorch.engine import (
+    Engine,
+    EngineFailure,
+    EngineLoading,
+    EngineMisconfigured,
+    EngineRefused,
+    EngineStalled,
+    Props,
+)
+
+log = logging.getLogger("llorch.replica")
+
+PROBE_INTERVAL_S = 5.0
+LOADING_POLL_S = (0.25, 2.0)
+BREAKER_FAILURES = 5
+BREAKER_POLL_S = 10.0
+DRAIN_POLL_S = 0.1
+
+
+class Health(enum.Enum):
+    """What the last probe found."""
+
+    UNKNOWN = "not probed yet"
+    LOADING = "the model is loading"
+    READY = "ready"
+    FAILED = "the probe failed"
+    MISCONFIGURED = "misconfigured"
+
+
+class Lease:
+    """The right of one task to one slot of a replica, alone on it if `exclusive`.
+
+    It is *active* until closed; closed uncleanly it *drains*, and still counts, until the engine let go.
+    `sent`: whether anything may have reached the engine under it.
+    """
+
+    def __init__(self, replica: "Replica", *, exclusive: bool) -> None:
+        self.replica = replica
+        self.replica_id = replica.replica_id
+        self.exclusive = exclusive
+        self.closed = False
+        self.draining = False
+        self.idle_looks = 0
+        self.since = asyncio.get_running_loop().time()
+        self.runner: asyncio.Task[None] | None = None
+        self.sent = False
+        self._drained: asyncio.Future[None] | None = None
+
+    def interrupt(self) -> None:
+        """Stop the engine's work: the runner is cancelled, which closes its connection. Plain."""
+        if self.runner is not None and self.runner is not asyncio.current_task():
+            self.runner.cancel()
+
+    def close(self, *, clean: bool) -> None:
+        """Give the slot back: at once if `clean`, else once it has drained. Plain, final, idempotent."""
+        if not self.closed:
+            self.closed = True
+            self.replica._lease_closed(self, clean=clean)
+
+    async def drain(self) -> None:
+        """Keep the lease, and return when the engine has let go of what was sent under it."""
+        self._drained = asyncio.get_running_loop().create_future()
+        self.replica._start_draining(self)
+        await self._drained
+
+    def let_go(self) -> None:
+        """The engine no longer works under this lease; whoever waits in `drain` goes on."""
+        self.draining, self.idle_looks = False, 0
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+
+class Replica:
+    """Slots and readiness of one engine. `on_change` is called, plain, whenever the head of a queue may go."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        engine: Engine,
+        *,
+        slots: int | None,
+        drain_s: float,
+        on_change: Callable[["Replica"], None],
+        chance: random.Random | None = None,
+    ) -> None:
+        self.replica_id = replica_id
+        self.engine = engine
+        self.configured_slots = slots
+        self.drain_s = drain_s
+        self.on_change = on_change
+        self.health = Health.UNKNOWN
+        self.last_error: str | None = None
+        self.live = False
+        self.props: Props | None = None
+        self.model_digest: str | None = None
+        self.leases: set[Lease] = set()
+        self.stuck: str | None = None
+        self._suspect: str | None = None
+        self._doubts = 0
+        self._chance = chance or random.Random()
+        self._failures = 0
+        self._probe_now = asyncio.Event()
+        self._probed = asyncio.Condition()
+        self._drain_now = asyncio.Event()
+        self._last_progress: float | None = None
+        self._digest_task: asyncio.Task[None] | None = None
+
+    # -- what is ------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether new tasks may be admitted for this replica."""
+        return self.health is Health.READY and self.stuck is None
+
+    @property
+    def dispatchable(self) -> bool:
+        """Whether a task may be sent now: ready, and not in doubt until the next probe."""
+        return self.ready and self._suspect is None
+
+    @property
+    def slots(self) -> int:
+        """Slots in force: what the configuration allows of what the engine has."""
+        offered = self.props.slots if self.props else (self.configured_slots or 1)
+        return offered if self.configured_slots is None else min(self.configured_slots, offered)
+
+    @property
+    def busy(self) -> int:
+        """Leases at work."""
+        return sum(not lease.draining for lease in self.leases)
+
+    @property
+    def draining(self) -> int:
+        """Leases whose slot the engine has not let go of yet."""
+        return sum(lease.draining for lease in self.leases)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that a best-effort task could take now."""
+        if not self.dispatchable or any(lease.exclusive for lease in self.leases):
+            return 0
+        return max(self.slots - len(self.leases), 0)
+
+    # -- leases -------------------------------------------------------------------------------
+
+    def try_lease(self, *, exclusive: bool) -> Lease | None:
+        """A lease if there is a free slot now, or, if `exclusive`, if the replica is idle and drained."""
+        if not self.free_slots or (exclusive and self.leases):
+            return None
+        lease = Lease(self, exclusive=exclusive)
+        self.leases.add(lease)
+        return lease
+
+    def _lease_closed(self, lease: Lease, *, clean: bool) -> None:
+        if clean and not lease.draining:
+            self._release(lease)
+        else:
+            self._start_draining(lease)
+
+    def _start_draining(self, lease: Lease) -> None:
+        if not lease.draining:
+            lease.draining = True
+            lease.since = asyncio.get_running_loop().time()
+            self._drain_now.set()
+
+    def _release(self, lease: Lease) -> None:
+        self.leases.discard(lease)
+        self.on_change(self)
+
+    # -- readiness ----------------------------------------------------------------------------
+
+    def progress(self) -> None:
+        """Tokens flow: as good as a probe."""
+        self._last_progress = asyncio.get_running_loop().time()
+
+    def suspect(self, reason: str) -> None:
+        """Something broke: nothing is dispatched until a probe, at once, has looked."""
+        self._suspect = reason
+        self._doubts += 1
+        self._probe_now.set()
+
+    def misconfigured(self, reason: str) -> None:
+        """The engine refuses what every task needs: unready until a probe finds it mended."""
+        self.health, self.last_error = Health.MISCONFIGURED, f"misconfigured: {reason}"
+        self.on_change(self)
+
+    async def until_dispatchable(self) -> None:
+        """Return when a task may be sent to this replica."""
+        async with self._probed:
+            await self._probed.wait_for(lambda: self.dispatchable)
+
+    async def probe(self) -> None:
+        """Ask the engine how it is, and act on the answer; lets no failure out."""
+        doubts = self._doubts
+        health, error, props = Health.READY, None, None
+        try:
+            await self.engine.health()
+            props = await self.engine.props()
+            await self.engine.busy_slots()
+            self.live = True
+        except EngineLoading as failure:
+            health, error, self.live = Health.LOADING, str(failure), True
+        except EngineMisconfigured as failure:
+            health, error, self.live = Health.MISCONFIGURED, f"misconfigured: {failure}", True
+        except EngineFailure as failure:
+            health, error = Health.FAILED, str(failure)
+            self.live = not isinstance(failure, EngineRefused | EngineStalled)
+        if health is Health.READY and props is not None:
+            self._adopt(props)
+        self._failures = self._failures + 1 if health is Health.FAILED else 0
+        before = self.dispatchable, self.health
+        self.health, self.last_error = health, error
+        if self._doubts == doubts:  # else something broke while we looked: look again
+            self._suspect = None
+        if (self.dispatchable, self.health) != before:
+            self.on_change(self)
+        async with self._probed:
+            self._probed.notify_all()
+
+    def _adopt(self, props: Props) -> None:
+        if props != self.props:
+            self.model_digest = None
+        if self.model_digest is None or not self.ready:
+            self._start_reading_digest(props.model_path)
+        changed, self.props = props != self.props, props
+        if changed:
+            self.on_change(self)
+
+    def _start_reading_digest(self, model_path: str | None) -> None:
+        if model_path is not None and (self._digest_task is None or self._digest_task.done()):
+            self._digest_task = asyncio.create_task(self._read_digest(model_path), name="model-digest")
+
+    async def _read_digest(self, model_path: str) -> None:
+        self.model_digest = await self.engine.model_digest(model_path)
+
+    def _probe_delay_s(self) -> float:
+        """When to look again: soon while loading, later and with jitter the longer it fails."""
+        low, high = LOADING_POLL_S
+        if self.health is Health.READY:
+            return PROBE_INTERVAL_S
+        if self.health is Health.FAILED:
+            ceiling = BREAKER_POLL_S if self._failures >= BREAKER_FAILURES else high
+            return self._chance.uniform(0.5, 1.0) * min(low * 2.0**self._failures, ceiling)
+        return self._chance.uniform(low, high) if self.health is Health.LOADING else high
+
+    async def watch(self) -> None:
+        """Probe for ever: on an interval, and at once after a failure. Runs until cancelled."""
+        while True:
+            self._probe_now.clear()
+            if self._suspect is not None or not self._progressing():
+                await self.probe()
+            if self._suspect is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._probe_delay_s()):
+                        await self._probe_now.wait()
+
+    def _progressing(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        return self.ready and self._last_progress is not None and now - self._last_progress < PROBE_INTERVAL_S
+
+    # -- draining -----------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Free draining slots once the engine has let go of them. Runs until cancelled.
+
+        Let go means: `/slots` shows no more busy slots than leases at work, twice in a row and at least
+        100 ms apart (a request not yet picked up reads as idle), or the engine refuses connections.
+        """
+        while True:
+            if not self.draining:
+                self._set_stuck(None)
+                self._drain_now.clear()
+                await self._drain_now.wait()
+            pending = {lease for lease in self.leases if lease.draining}
+            looks_needed = 2
+            try:
+                idle = await self.engine.busy_slots() <= self.busy
+            except (EngineRefused, EngineMisconfigured):
+                idle, looks_needed = True, 1  # gone or another engine: what it ran is no more
+            except EngineFailure as failure:
+                idle = False
+                log.debug("slots can't be read while draining: %s", failure)
+            for lease in pending & self.leases:
+                lease.idle_looks = lease.idle_looks + 1 if idle else 0
+                if lease.idle_looks >= looks_needed:
+                    self._let_go(lease)
+            if self.draining:
+                self._check_overdue()
+                await asyncio.sleep(DRAIN_POLL_S)
+
+    def _let_go(self, lease: Lease) -> None:
+        lease.let_go()
+        if lease.closed:
+            self._release(lease)
+
+    def _check_overdue(self) -> None:
+        now = asyncio.get_running_loop().time()
+        overdue = any(lease.draining and now - lease.since > self.drain_s for lease in self.leases)
+        if overdue and self.stuck is None:
+            self._set_stuck(f"a slot did not come back within {self.drain_s:g} s; waiting for the engine to be idle")
+
+    def _set_stuck(self, reason: str | None) -> None:
+        if reason != self.stuck:
+            self.stuck = reason
+            self.on_change(self)
+
+    def stop(self) -> None:
+        """Forget every background look; called once the engine is no longer used."""
+        if self._digest_task is not None:
+            self._digest_task.cancel()
