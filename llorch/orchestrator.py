@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 
 import msgspec
@@ -162,34 +162,38 @@ class Orchestrator:
     def _keep(self, task: Task) -> None:
         self._finished[task.id] = task
         self._finished_bytes += task.log.size_bytes
-        if self._sweep is None:
+        if self._sweep is None or self._finished_bytes > self.settings.retain_bytes:
             self._forget_old()
 
     def _forget_old(self) -> None:
         """Drop finished tasks over age or bytes, oldest ended first; look again when the next is due."""
         loop, settings = asyncio.get_running_loop(), self.settings
-        self._sweep, now = None, loop.time()
-        due_s = settings.retain_s
-        for task in list(self._finished.values()):
+        if self._sweep is not None:
+            self._sweep.cancel()
+        now, due_s = loop.time(), settings.retain_s
+        over_bytes = self._finished_bytes - settings.retain_bytes
+        forgotten: list[Task] = []
+        for task in self._finished.values():
             age_s = now - (task.ended_at or now)
-            limit_s = KEPT_AT_LEAST_S if self._finished_bytes > settings.retain_bytes else settings.retain_s
-            if age_s < min(limit_s, settings.retain_s):
-                due_s = min(limit_s, settings.retain_s) - age_s
+            keep_s = min(KEPT_AT_LEAST_S, settings.retain_s) if over_bytes > 0 else settings.retain_s
+            if age_s < keep_s:
+                due_s = keep_s - age_s
                 break
             if task.id not in self._readers:
-                del self._finished[task.id], self._tasks[task.id]
-                self._finished_bytes -= task.log.size_bytes
-        if self._finished:
-            self._sweep = loop.call_later(max(due_s, 1.0), self._forget_old)
+                forgotten.append(task)
+                over_bytes -= task.log.size_bytes
+        for task in forgotten:
+            del self._finished[task.id], self._tasks[task.id]
+            self._finished_bytes -= task.log.size_bytes
+        self._sweep = loop.call_later(max(due_s, 1.0), self._forget_old) if self._finished else None
 
     # -- life -----------------------------------------------------------------------------------
 
     async def first_probe(self, within_s: float) -> None:
         """Probe every pool once, for at most `within_s` seconds."""
-        await asyncio.wait(
-            [asyncio.create_task(pool.replica.probe(), name="first-probe") for pool in self.pools.values()],
-            timeout=within_s,
-        )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await asyncio.gather(*(pool.replica.probe() for pool in self.pools.values()))
 
     async def run(self) -> None:
         """Keep every pool at work; returns only by cancellation, or raises if one of its coroutines has a bug."""

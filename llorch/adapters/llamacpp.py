@@ -1,0 +1,372 @@
+"""llama.cpp's HTTP server, behind the `Engine` port [MVP-050].
+
+The one rule: nothing foreign passes this edge. Requests are built key by key from our own checked values;
+every answer is bounded and typed; every exception becomes an `EngineFailure`. Closing the connection is
+the only cancel llama.cpp knows, so each generation has a connection of its own.
+"""
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from llorch.adapters.sse import EventTooLong, ServerEvent, SseParser
+from llorch.engine import (
+    Chunk,
+    EngineBroken,
+    EngineContextOverflow,
+    EngineFailure,
+    EngineInvalidRequest,
+    EngineLoading,
+    EngineMisconfigured,
+    EngineRefused,
+    EngineStalled,
+    Final,
+    Generation,
+    Props,
+)
+from llorch.task import Message
+
+MAX_EVENT_BYTES = 1024 * 1024
+MAX_ERROR_BYTES = 64 * 1024
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+_TOKEN_ID_BYTES = 16  # a token's number in the answer of /tokenize, generously
+_HASH_BLOCK_BYTES = 4 * 1024 * 1024
+
+_FINAL_FIELDS = [
+    "stop",
+    "stop_type",
+    "stopping_word",
+    "truncated",
+    "tokens_predicted",
+    "tokens_evaluated",
+    "tokens_cached",
+    "timings",
+]
+
+T = TypeVar("T")
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+class _Event(msgspec.Struct):
+    content: str | msgspec.UnsetType = msgspec.UNSET
+    stop: bool = False
+    stop_type: str = "none"
+    tokens_predicted: _Count = 0
+    tokens_evaluated: _Count = 0
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _ErrorBody(msgspec.Struct):
+    message: str = ""
+    type: str = ""
+
+
+class _ErrorAnswer(msgspec.Struct):
+    error: _ErrorBody
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Rendered(msgspec.Struct):
+    prompt: str
+
+
+class _GenerationDefaults(msgspec.Struct):
+    n_ctx: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _PropsAnswer(msgspec.Struct):
+    total_slots: Annotated[int, msgspec.Meta(ge=1)]
+    default_generation_settings: _GenerationDefaults
+    model_path: str | None = None
+    model_alias: str | None = None
+    build_info: str | None = None
+
+
+class _Slot(msgspec.Struct):
+    is_processing: bool
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+class LlamaCpp:
+    """One llama-server at `endpoint`. Timeouts are seconds; `api_key` goes to the engine and nowhere else."""
+
+    name = "llamacpp"
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        api_key: str = "",
+        connect_s: float = 5.0,
+        control_s: float = 5.0,
+        response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
+    ) -> None:
+        self.endpoint = URL(endpoint)
+        self._control_timeout = aiohttp.ClientTimeout(total=control_s, sock_connect=connect_s)
+        self._generation_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={**headers, "Content-Type": "application/json", "User-Agent": "llorch"},
+            auto_decompress=False,
+            trust_env=False,
+            response_class=response_class,
+        )
+        self._digests: dict[tuple[str, int, int], str] = {}
+        self._closing = threading.Event()
+
+    # -- generation ---------------------------------------------------------------------------
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+        """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
+        with _mapped() as progress:
+            async with self._request(
+                "POST", "/completion", _completion_body(generation), self._generation_timeout
+            ) as response:
+                progress.answered = True
+                await _check_status(response)
+                if response.content_type != "text/event-stream" or "Content-Encoding" in response.headers:
+                    raise EngineBroken(f"/completion answered with {response.content_type!r}")
+                parser = SseParser(MAX_EVENT_BYTES)
+                async for block in response.content.iter_any():
+                    events = parser.feed(block)
+                    if events:
+                        chunk = _chunk(events)
+                        if chunk.final is not None:
+                            response.close()
+                            yield chunk
+                            return
+                        yield chunk
+        raise EngineBroken("the engine's stream ended without its final frame")
+
+    # -- control ------------------------------------------------------------------------------
+
+    async def tokenize(self, text: str) -> int:
+        """The number of tokens of `text`, special ones included."""
+        body = msgspec.json.encode({"content": text, "add_special": True})
+        limit = _TOKEN_ID_BYTES * len(body) + MAX_ERROR_BYTES
+        return len((await self._ask("POST", "/tokenize", _Tokens, body, limit=limit)).tokens)
+
+    async def render(self, messages: tuple[Message, ...]) -> str:
+        """The prompt that the model's own chat template makes of `messages`."""
+        body = msgspec.json.encode({"messages": messages})
+        limit = 4 * len(body) + MAX_ANSWER_BYTES
+        return (await self._ask("POST", "/apply-template", _Rendered, body, limit=limit)).prompt
+
+    async def health(self) -> None:
+        """Return if `/health` says the model is loaded; EngineLoading while it is not."""
+        await self._ask("GET", "/health", dict[str, Any])
+
+    async def props(self) -> Props:
+        """What `/props` says: slots, context per slot, build, model [MVP-052]."""
+        answer = await self._ask("GET", "/props", _PropsAnswer)
+        path = answer.model_path or None
+        return Props(
+            slots=answer.total_slots,
+            ctx=answer.default_generation_settings.n_ctx,
+            engine_version=answer.build_info,
+            model=os.path.basename(answer.model_alias or path or "") or None,
+            model_path=path,
+        )
+
+    async def busy_slots(self) -> int:
+        """How many slots `/slots` shows at work."""
+        slots = await self._ask("GET", "/slots", list[_Slot])
+        return sum(slot.is_processing for slot in slots)
+
+    async def model_digest(self, model_path: str) -> str | None:
+        """`sha256:…` of the model file, hashed off the loop; None where it is not readable from here."""
+        if not _is_loopback(self.endpoint.host or ""):
+            return None  # a file of that name on this machine need not be the engine's
+        return await asyncio.to_thread(self._digest, model_path)
+
+    def _digest(self, model_path: str) -> str | None:
+        try:
+            with open(model_path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                key = (model_path, stat.st_size, stat.st_mtime_ns)
+                if key not in self._digests:
+                    digest = hashlib.sha256()
+                    while block := file.read(_HASH_BLOCK_BYTES):
+                        if self._closing.is_set():
+                            return None
+                        digest.update(block)
+                    self._digests[key] = f"sha256:{digest.hexdigest()}"
+                return self._digests[key]
+        except OSError:
+            return None
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._closing.set()
+        await self._session.close()
+
+    def _request(
+        self, method: str, path: str, body: bytes | None, timeout: aiohttp.ClientTimeout
+    ) -> Any:  # aiohttp's request context manager has no public name
+        return self._session.request(
+            method, self.endpoint.with_path(path), data=body, timeout=timeout, allow_redirects=False
+        )
+
+    async def _ask(
+        self, method: str, path: str, kind: type[T], body: bytes | None = None, *, limit: int = MAX_ANSWER_BYTES
+    ) -> T:
+        with _mapped() as progress:
+            async with self._request(method, path, body, self._control_timeout) as response:
+                progress.answered = True
+                await _check_status(response)
+                answer = await _read(response, limit)
+            try:
+                return msgspec.json.decode(answer, type=kind)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                raise EngineBroken(f"{path} answered with something else: {error}") from error
+
+
+def _completion_body(generation: Generation) -> bytes:
+    sampling = generation.sampling
+    body: dict[str, Any] = {
+        "prompt": generation.prompt,
+        "n_predict": generation.max_tokens,
+        "stream": True,
+        "cache_prompt": generation.cache_prompt,
+        "response_fields": _FINAL_FIELDS,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "typical_p": sampling.typical_p,
+        "repeat_penalty": sampling.repeat_penalty,
+        "repeat_last_n": sampling.repeat_last_n,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+    }
+    if generation.slot is not None:
+        body["id_slot"] = generation.slot
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if sampling.stop:
+        body["stop"] = sampling.stop
+    if sampling.grammar is not None:
+        body["grammar"] = sampling.grammar
+    if sampling.json_schema is not None:
+        body["json_schema"] = msgspec.Raw(sampling.json_schema)
+    return msgspec.json.encode(body)
+
+
+def _chunk(events: list[ServerEvent]) -> Chunk:
+    """All events of one read; what comes after the final one is nobody's."""
+    texts: list[str] = []
+    for event in events:
+        try:
+            said = _decode_event(event.data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineBroken(f"an event that is not what the engine sends: {error}") from error
+        if event.name == b"error" or said.error is not msgspec.UNSET:
+            raise EngineBroken(f"the engine reported an error: {_error_text(event.data)}")
+        if said.content is msgspec.UNSET:
+            if not said.stop:
+                raise EngineBroken("an event without content")
+        elif said.content:
+            texts.append(said.content)
+        if said.stop:
+            reason = "length" if said.stop_type == "limit" else "stop"
+            return Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated))
+    return Chunk(texts)
+
+
+def _error_text(body: bytes) -> str:
+    try:
+        text = msgspec.json.decode(body, type=_ErrorAnswer).error.message
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        text = body[:200].decode("utf-8", "replace")
+    return " ".join(text.split())[:500] or "no message"
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    """Return on 200; else raise what the status means (CONTRACT section 7)."""
+    status = response.status
+    if status == 200:
+        return
+    body = await _read(response, MAX_ERROR_BYTES, cut=True)
+    text = f"{response.method} {response.url.path} answered {status}: {_error_text(body)}"
+    if status in (400, 413, 422):
+        try:
+            kind = msgspec.json.decode(body, type=_ErrorAnswer).error.type
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            kind = ""
+        refused = EngineContextOverflow if kind == "exceed_context_size_error" else EngineInvalidRequest
+        raise refused(_error_text(body), sent=False)
+    if status in (401, 403, 404, 501):
+        raise EngineMisconfigured(text, sent=False)
+    if status == 503:
+        raise EngineLoading(_error_text(body), sent=False)
+    raise EngineBroken(text)
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> bytes:
+    """The body, at most `limit` bytes; a longer one is cut off, or is an EngineBroken."""
+    body = bytearray()
+    async for block in response.content.iter_any():
+        body += block
+        if len(body) > limit:
+            if cut:
+                break
+            raise EngineBroken(f"{response.url.path} answered with over {limit} bytes")
+    return bytes(body[:limit])
+
+
+class _Progress:
+    answered = False
+
+
+@contextmanager
+def _mapped() -> Iterator[_Progress]:
+    """Turn whatever aiohttp raises into an EngineFailure; before the answer's headers it is a refusal."""
+    progress = _Progress()
+    try:
+        yield progress
+    except EngineFailure:
+        raise
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        raise EngineRefused(f"can't connect to the engine: {_say(error)}", sent=False) from error
+    except TimeoutError as error:
+        raise EngineStalled("the engine did not answer in time") from error
+    except aiohttp.ClientResponseError as error:
+        raise EngineBroken(f"the engine's answer is not HTTP: {_say(error)}") from error
+    except (aiohttp.ClientError, OSError) as error:
+        _raise_broken_off(error, answered=progress.answered)
+    except (EventTooLong, ValueError) as error:
+        raise EngineBroken(f"the engine's answer can't be read: {_say(error)}") from error
+
+
+def _raise_broken_off(error: Exception, *, answered: bool) -> NoReturn:
+    if answered:
+        raise EngineBroken(f"the engine broke off: {_say(error)}") from error
+    raise EngineRefused(f"the engine hung up before it answered: {_say(error)}") from error
+
+
+def _say(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
