@@ -17,13 +17,15 @@ class EngineFailure(Exception):
     """Something the engine did. `code` and `retriable` are what the task's `error` event says.
 
     `sent`: whether the request may have reached the engine, so that its slot must drain.
+    `summary` is ours and may be logged; `detail` is the engine's own words, which may quote a prompt.
     """
 
     code: ClassVar[str] = "WORKER_RESET"
     retriable: ClassVar[bool] = True
 
-    def __init__(self, message: str, *, sent: bool = True) -> None:
-        super().__init__(message)
+    def __init__(self, summary: str, *, detail: str = "", sent: bool = True) -> None:
+        super().__init__(f"{summary}: {detail}" if detail else summary)
+        self.summary = summary
         self.sent = sent
 
 
@@ -31,6 +33,10 @@ class EngineRefused(EngineFailure):
     """It closed the door before one byte of an answer (refused, reset, EOF): the same task may be tried again."""
 
     code = "POOL_UNAVAILABLE"
+
+
+class EngineGone(EngineRefused):
+    """Nobody listens there: what the engine ran is no more."""
 
 
 class EngineLoading(EngineRefused):

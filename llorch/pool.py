@@ -36,7 +36,7 @@ from llorch.errors import (
 from llorch.estimate import ServiceEstimate
 from llorch.events import Error
 from llorch.replica import Health, Lease, Replica
-from llorch.task import Task, TaskRequest
+from llorch.task import SAMPLER_PROFILE_VERSION, Task, TaskRequest
 
 log = logging.getLogger("llorch.pool")
 
@@ -89,6 +89,16 @@ class Pool:
         self._running: dict[asyncio.Task[None], Task] = {}
 
     # -- admission ----------------------------------------------------------------------------
+
+    def log_fields(self) -> dict[str, object]:
+        """What log lines about this pool's tasks carry besides the task's own fields [MVP-052, MVP-070]."""
+        props = self.replica.props
+        return {
+            "engine": self.engine.name,
+            "engine_version": props.engine_version if props else None,
+            "model_digest": self.replica.model_digest,
+            "sampler_profile_version": SAMPLER_PROFILE_VERSION,
+        }
 
     def check_readiness(self) -> None:
         """Raise PoolUnready or PoolUnavailable if no new task can be taken now."""
@@ -152,7 +162,7 @@ class Pool:
             raise InvalidParams(f"the engine refused the prompt: {failure}", engine=name) from failure
         if failure.code == "CONTEXT_OVERFLOW":
             raise ContextOverflow(str(failure), engine=name) from failure
-        self.replica.suspect(str(failure))
+        self.replica.suspect(failure.summary)
         raise self._refusal(PoolUnavailable, f"the engine did not answer: {failure}") from failure
 
     def admit(self, reservation: Reservation, task: Task) -> None:
@@ -229,8 +239,13 @@ class Pool:
                 return
             if not isinstance(failure, EngineRefused):
                 break
-            log.warning("the engine closed the door, %d tries left: %s", retries_left, failure, extra={"task": task})
-            self.replica.suspect(str(failure))
+            log.warning(
+                "the engine did not take the task, %d tries left: %s",
+                retries_left,
+                failure.summary,
+                extra={"event": "retry", **task.log_fields()},
+            )
+            self.replica.suspect(failure.summary)
             if not retries_left or not await self._wait_to_retry(lease, failure, started):
                 break
             retries_left -= 1
@@ -288,7 +303,7 @@ class Pool:
         if isinstance(failure, EngineMisconfigured):
             self.replica.misconfigured(str(failure))
         elif isinstance(failure, EngineBroken):
-            self.replica.suspect(str(failure))
+            self.replica.suspect(failure.summary)
         lease.close(clean=not failure.sent)
         retry_after_ms = self.settings.default_retry_after_ms if failure.retriable else None
         task.fail(Error(failure.code, failure.retriable, retry_after_ms, str(failure)))
@@ -298,7 +313,7 @@ class Pool:
         del self._running[runner]
         bug = None if runner.cancelled() else runner.exception()
         if bug is not None:
-            log.error("a bug ended task %s", task.id, exc_info=bug, extra={"task": task})
+            log.error("a bug ended a task", exc_info=bug, extra={"event": "bug", **task.log_fields()})
         lease.close(clean=not lease.sent)
         task.fail(Error("INTERNAL", retriable=False, message="a bug in llorch ended this task; see its log"))
 

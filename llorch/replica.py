@@ -14,6 +14,7 @@ from collections.abc import Callable
 from llorch.engine import (
     Engine,
     EngineFailure,
+    EngineGone,
     EngineLoading,
     EngineMisconfigured,
     EngineRefused,
@@ -287,8 +288,8 @@ class Replica:
             looks_needed = 2
             try:
                 idle = await self.engine.busy_slots() <= self.busy
-            except (EngineRefused, EngineMisconfigured):
-                idle, looks_needed = True, 1  # gone or another engine: what it ran is no more
+            except (EngineGone, EngineLoading):
+                idle, looks_needed = True, 1  # gone, or started anew: what it ran is no more
             except EngineFailure as failure:
                 idle = False
                 log.debug("slots can't be read while draining: %s", failure)

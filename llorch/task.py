@@ -199,6 +199,24 @@ class Task:
         until = self.started_at if self.started_at is not None else self.ended_at
         return None if until is None else _ms(until - self.admitted_at)
 
+    def log_fields(self) -> dict[str, object]:
+        """What every log line about this task carries, None where not known; no text of the client's [MVP-070]."""
+        return {
+            "correlation_id": self.correlation_id,
+            "job_id": self.id,
+            "session_id": self.request.session_id,
+            "pool_id": self.pool_id,
+            "replica_id": self.replica_id,
+            "queue_position": self.queue_position,
+            "predicted_start_ms": self.predicted_start_ms,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "queue_ms": self.queue_ms,
+            "first_token_ms": self.first_token_ms,
+            "decode_time_ms": self.decode_time_ms,
+            "identity": self.identity,
+        }
+
     def admit(self, queue_position: int, predicted_start_ms: int | None) -> None:
         """Record the place in the queue and append `started`; once, in the step that admits."""
         self.queue_position = queue_position

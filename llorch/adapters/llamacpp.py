@@ -24,6 +24,7 @@ from llorch.engine import (
     EngineBroken,
     EngineContextOverflow,
     EngineFailure,
+    EngineGone,
     EngineInvalidRequest,
     EngineLoading,
     EngineMisconfigured,
@@ -276,9 +277,9 @@ def _chunk(events: list[ServerEvent]) -> Chunk:
         try:
             said = _decode_event(event.data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EngineBroken(f"an event that is not what the engine sends: {error}") from error
+            raise EngineBroken("an event that is not what the engine sends", detail=str(error)) from error
         if event.name == b"error" or said.error is not msgspec.UNSET:
-            raise EngineBroken(f"the engine reported an error: {_error_text(event.data)}")
+            raise EngineBroken("the engine reported an error", detail=_error_text(event.data))
         if said.content is msgspec.UNSET:
             if not said.stop:
                 raise EngineBroken("an event without content")
@@ -304,19 +305,19 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
     if status == 200:
         return
     body = await _read(response, MAX_ERROR_BYTES, cut=True)
-    text = f"{response.method} {response.url.path} answered {status}: {_error_text(body)}"
+    summary, detail = f"{response.method} {response.url.path} answered {status}", _error_text(body)
     if status in (400, 413, 422):
         try:
             kind = msgspec.json.decode(body, type=_ErrorAnswer).error.type
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             kind = ""
         refused = EngineContextOverflow if kind == "exceed_context_size_error" else EngineInvalidRequest
-        raise refused(_error_text(body), sent=False)
+        raise refused(summary, detail=detail, sent=False)
     if status in (401, 403, 404, 501):
-        raise EngineMisconfigured(text, sent=False)
+        raise EngineMisconfigured(summary, detail=detail, sent=False)
     if status == 503:
-        raise EngineLoading(_error_text(body), sent=False)
-    raise EngineBroken(text)
+        raise EngineLoading(summary, detail=detail, sent=False)
+    raise EngineBroken(summary, detail=detail)
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> bytes:
@@ -344,7 +345,8 @@ def _mapped() -> Iterator[_Progress]:
     except EngineFailure:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise EngineRefused(f"can't connect to the engine: {_say(error)}", sent=False) from error
+        refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
+        raise (EngineGone if refused else EngineRefused)(f"can't connect to the engine: {_say(error)}", sent=False) from error
     except TimeoutError as error:
         raise EngineStalled("the engine did not answer in time") from error
     except aiohttp.ClientResponseError as error:
