@@ -283,7 +283,9 @@ def env_name(key: str) -> str:
 
 def _overrides(env: Mapping[str, str], flags: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     found = [(env_name(key), key, env[env_name(key)]) for key in _keys() if env_name(key) in env]
-    return found + [(f"--{key.replace('.', '-').replace('_', '-')}", key, value) for key, value in flags.items()]
+    return found + [
+        (f"--{key.replace('.', '-').replace('_', '-')}", key, value) for key, value in flags.items()
+    ]
 
 
 def _override(config: Config, source: str, key: str, raw: Any, faults: list[str]) -> Config:
@@ -353,12 +355,16 @@ def _check(config: Config, faults: list[str]) -> None:
     if config.limits.max_tokens_default > config.limits.max_tokens:
         default, most = config.limits.max_tokens_default, config.limits.max_tokens
         faults.append(f"limits.max_tokens_default: {default} is over limits.max_tokens ({most})")
-    for host in config.http.allowed_hosts:
-        if not host or not _printable(host) or set(host) & set("/:@*[]") or host.endswith("."):
-            faults.append(f"http.allowed_hosts: expected a bare host name, got {host!r}")
-    for origin in config.http.cors_origins:
-        if not _is_origin(origin):
-            faults.append(f"http.cors_origins: expected scheme://host[:port] and nothing more, got {origin!r}")
+    faults.extend(
+        f"http.allowed_hosts: expected a bare host name, got {host!r}"
+        for host in config.http.allowed_hosts
+        if not _is_host_name(host)
+    )
+    faults.extend(
+        f"http.cors_origins: expected scheme://host[:port] and nothing more, got {origin!r}"
+        for origin in config.http.cors_origins
+        if not _is_origin(origin)
+    )
 
 
 def _check_auth(config: Config, address: Address | None, faults: list[str]) -> None:
@@ -391,12 +397,20 @@ def _check_endpoint(endpoint: str, faults: list[str]) -> None:
         faults.append(f"adapter.endpoint: expected http://host:port and nothing more, got {endpoint!r}")
 
 
+def _is_host_name(text: str) -> bool:
+    return bool(text) and _printable(text) and not set(text) & set("/:@*[]") and not text.endswith(".")
+
+
 def _is_origin(text: str) -> bool:
     try:
         url = URL(text)
     except ValueError:
         return False
-    return url.scheme in ("http", "https") and bool(url.host) and f"{url.scheme}://{url.authority}" == text.lower()
+    return (
+        url.scheme in ("http", "https")
+        and bool(url.host)
+        and f"{url.scheme}://{url.authority}" == text.lower()
+    )
 
 
 def _printable(text: str) -> bool:

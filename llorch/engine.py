@@ -4,7 +4,7 @@ The one rule: an adapter maps every foreign exception to an `EngineFailure` here
 failure means by its class alone, never by its text.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -30,7 +30,7 @@ class EngineFailure(Exception):
 
 
 class EngineRefused(EngineFailure):
-    """It closed the door before one byte of an answer (refused, reset, EOF): the same task may be tried again."""
+    """It closed the door before one byte of an answer (refused, reset, EOF): the task may be tried again."""
 
     code = "POOL_UNAVAILABLE"
 
@@ -114,7 +114,7 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+    def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream a generation; the last chunk has `final`. Closing the iterator closes the connection."""
         ...
 

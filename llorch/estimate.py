@@ -23,7 +23,13 @@ class ServiceEstimate:
         self.mean_s = service_s if self.mean_s is None else self.mean_s + _WEIGHT * (service_s - self.mean_s)
 
     def start_in_s(
-        self, running_s: Iterable[float], slots: int, *, ahead: int = 0, strict_ahead: int = 0, strict: bool = False
+        self,
+        running_s: Iterable[float],
+        slots: int,
+        *,
+        ahead: int = 0,
+        strict_ahead: int = 0,
+        strict: bool = False,
     ) -> float | None:
         """Seconds until a task starts that has `ahead` tasks before it; None until something was measured.
 

@@ -70,7 +70,7 @@ class EventLog:
         return 0 if position > len(self._frames) else position
 
     def read(self, position: int) -> tuple[list[bytes], int]:
-        """What is ready from `position` on, at least one frame if any, else at most 16 KiB; and the next position."""
+        """What is ready from `position` on, at most 16 KiB or one frame; and the next position."""
         batch: list[bytes] = []
         size = 0
         for index in range(position, len(self._frames)):

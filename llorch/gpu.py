@@ -46,7 +46,9 @@ def preflight(nvml: Any = pynvml) -> GpuSnapshot:
                 "the NVIDIA driver is loaded but shows no GPU: check `nvidia-smi -L`, the BIOS, and, in a "
                 f"container, that the devices are passed through. {_CARVE_OUT}"
             )
-        return GpuSnapshot(_text(nvml.nvmlSystemGetDriverVersion()), tuple(_gpu(nvml, i) for i in range(count)))
+        return GpuSnapshot(
+            _text(nvml.nvmlSystemGetDriverVersion()), tuple(_gpu(nvml, i) for i in range(count))
+        )
     except nvml.NVMLError as error:
         raise GpuUnavailable(_explain(nvml, error)) from error
     finally:
@@ -63,12 +65,12 @@ def _explain(nvml: Any, error: Exception) -> str:
     missing = (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
     if getattr(error, "value", None) in missing:
         return (
-            f"no NVIDIA driver ({error}): install the driver for your GPU (Debian: nvidia-driver, Arch: nvidia), "
-            f"reboot, and check with `nvidia-smi`. {_CARVE_OUT}"
+            f"no NVIDIA driver ({error}): install the driver for your GPU (Debian: nvidia-driver, Arch: "
+            f"nvidia), reboot, and check with `nvidia-smi`. {_CARVE_OUT}"
         )
     return (
-        f"the NVIDIA library reports an error ({error}): check `nvidia-smi`; after a driver update, reboot; check "
-        f"that this user may open /dev/nvidia*. {_CARVE_OUT}"
+        f"the NVIDIA library reports an error ({error}): check `nvidia-smi`; after a driver update, reboot; "
+        f"check that this user may open /dev/nvidia*. {_CARVE_OUT}"
     )
 
 

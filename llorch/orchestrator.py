@@ -96,7 +96,9 @@ class Orchestrator:
         """The task; raises TaskNotFound."""
         task = self._tasks.get(task_id)
         if task is None:
-            raise TaskNotFound(f"no task {task_id[:40]!r}", hint="finished tasks are kept for stream.retain_s")
+            raise TaskNotFound(
+                f"no task {task_id[:40]!r}", hint="finished tasks are kept for stream.retain_s"
+            )
         return task
 
     def recent(self, state: State | None, limit: int) -> list[Task]:
@@ -196,7 +198,7 @@ class Orchestrator:
                 await asyncio.gather(*(pool.replica.probe() for pool in self.pools.values()))
 
     async def run(self) -> None:
-        """Keep every pool at work; returns only by cancellation, or raises if one of its coroutines has a bug."""
+        """Keep every pool at work until cancelled; raises if one of its coroutines has a bug."""
         async with asyncio.TaskGroup() as group:
             for pool in self.pools.values():
                 group.create_task(pool.replica.watch(), name=f"probe-{pool.pool_id}")
@@ -222,5 +224,3 @@ class Orchestrator:
             self._sweep.cancel()
         for abandoned in self._abandoned.values():
             abandoned.cancel()
-
-

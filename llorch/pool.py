@@ -6,6 +6,7 @@ ends by calling it. So a task goes out in the same step that freed its slot; not
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 from collections.abc import Callable
@@ -45,7 +46,7 @@ RETRY_JITTER_S = (0.05, 0.25)
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The limits of one pool. `_s` are seconds, `ctx` and `max_tokens*` tokens; `ctx` 0 is the engine's own."""
+    """The limits of one pool, in seconds and tokens; `ctx` 0 is the engine's own."""
 
     capacity: int
     max_bytes: int
@@ -80,7 +81,12 @@ class Pool:
         self.estimate = ServiceEstimate(settings.default_retry_after_ms)
         self.queue = AdmissionQueue(settings.capacity, settings.max_bytes, self._queue_full)
         self.replica = Replica(
-            f"{pool_id}-0", engine, slots=slots, drain_s=drain_s, on_change=self._replica_changed, chance=chance
+            f"{pool_id}-0",
+            engine,
+            slots=slots,
+            drain_s=drain_s,
+            on_change=self._replica_changed,
+            chance=chance,
         )
         self.stopping = False
         self._on_readiness = on_readiness
@@ -113,7 +119,7 @@ class Pool:
         raise self._refusal(PoolUnavailable, f"pool {self.pool_id} is unavailable: {reason}")
 
     def reserve(self, size_bytes: int) -> Reservation:
-        """Hold a place for a prompt of `size_bytes`; raises QueueFull, or BodyTooLarge if it can never fit."""
+        """Hold a place for a prompt of `size_bytes`; raises QueueFull, BodyTooLarge if it can never fit."""
         if size_bytes > self.queue.max_bytes:
             message = f"the prompt has {size_bytes} bytes, queue.max_bytes is {self.queue.max_bytes}"
             raise BodyTooLarge(message, engine=self.engine.name)
@@ -170,7 +176,11 @@ class Pool:
         strict_ahead = self.queue.waiting_strict
         position = self.queue.admit(reservation, task)
         predicted = self.estimate.predicted_start_ms(
-            self._running_s(), self.replica.slots, ahead=position, strict_ahead=strict_ahead, strict=task.strict
+            self._running_s(),
+            self.replica.slots,
+            ahead=position,
+            strict_ahead=strict_ahead,
+            strict=task.strict,
         )
         task.admit(position, predicted)
         self.dispatch()
@@ -204,7 +214,7 @@ class Pool:
             runner = asyncio.create_task(self._run(task, lease), name=f"run-{task.id[:8]}")
             lease.runner = runner
             self._running[runner] = task
-            runner.add_done_callback(lambda done, task=task, lease=lease: self._ran(done, task, lease))
+            runner.add_done_callback(functools.partial(self._ran, task, lease))
 
     def withdraw(self, task: Task) -> None:
         """Take an ended task out of the queue if it stands there, and let the next go."""
@@ -308,7 +318,7 @@ class Pool:
         retry_after_ms = self.settings.default_retry_after_ms if failure.retriable else None
         task.fail(Error(failure.code, failure.retriable, retry_after_ms, str(failure)))
 
-    def _ran(self, runner: asyncio.Task[None], task: Task, lease: Lease) -> None:
+    def _ran(self, task: Task, lease: Lease, runner: asyncio.Task[None]) -> None:
         """The last word on every runner, however it ended: its task has ended and its lease is closed."""
         del self._running[runner]
         bug = None if runner.cancelled() else runner.exception()
@@ -342,7 +352,9 @@ class Pool:
         """Stop dispatch and admission; fail what waits, at once."""
         self.stopping = True
         for task in list(self.queue):
-            task.fail(Error("POOL_UNAVAILABLE", True, self.settings.default_retry_after_ms, "llorch is stopping"))
+            task.fail(
+                Error("POOL_UNAVAILABLE", True, self.settings.default_retry_after_ms, "llorch is stopping")
+            )
 
     async def finished(self) -> None:
         """Return when nothing runs."""

@@ -79,13 +79,13 @@ class Lease:
 
     def let_go(self) -> None:
         """The engine no longer works under this lease; whoever waits in `drain` goes on."""
-        self.draining, self.idle_looks = False, 0
+        self.draining, self.sent, self.idle_looks = False, False, 0
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
 
 class Replica:
-    """Slots and readiness of one engine. `on_change` is called, plain, whenever the head of a queue may go."""
+    """Slots and readiness of one engine; `on_change` is called whenever the head of a queue may go."""
 
     def __init__(
         self,
@@ -310,7 +310,9 @@ class Replica:
         now = asyncio.get_running_loop().time()
         overdue = any(lease.draining and now - lease.since > self.drain_s for lease in self.leases)
         if overdue and self.stuck is None:
-            self._set_stuck(f"a slot did not come back within {self.drain_s:g} s; waiting for the engine to be idle")
+            self._set_stuck(
+                f"a slot did not come back within {self.drain_s:g} s; waiting for the engine to be idle"
+            )
 
     def _set_stuck(self, reason: str | None) -> None:
         if reason != self.stuck:

@@ -200,7 +200,7 @@ class Task:
         return None if until is None else _ms(until - self.admitted_at)
 
     def log_fields(self) -> dict[str, object]:
-        """What every log line about this task carries, None where not known; no text of the client's [MVP-070]."""
+        """What every log line about this task carries, None where unknown, no text of prompts [MVP-070]."""
         return {
             "correlation_id": self.correlation_id,
             "job_id": self.id,

@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -34,6 +34,7 @@ from llorch.engine import (
     Generation,
     Props,
 )
+from llorch.events import FinishReason
 from llorch.task import Message
 
 MAX_EVENT_BYTES = 1024 * 1024
@@ -134,7 +135,7 @@ class LlamaCpp:
 
     # -- generation ---------------------------------------------------------------------------
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
         with _mapped() as progress:
             async with self._request(
@@ -226,7 +227,13 @@ class LlamaCpp:
         )
 
     async def _ask(
-        self, method: str, path: str, kind: type[T], body: bytes | None = None, *, limit: int = MAX_ANSWER_BYTES
+        self,
+        method: str,
+        path: str,
+        kind: type[T],
+        body: bytes | None = None,
+        *,
+        limit: int = MAX_ANSWER_BYTES,
     ) -> T:
         with _mapped() as progress:
             async with self._request(method, path, body, self._control_timeout) as response:
@@ -286,7 +293,7 @@ def _chunk(events: list[ServerEvent]) -> Chunk:
         elif said.content:
             texts.append(said.content)
         if said.stop:
-            reason = "length" if said.stop_type == "limit" else "stop"
+            reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
             return Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated))
     return Chunk(texts)
 
@@ -346,7 +353,9 @@ def _mapped() -> Iterator[_Progress]:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
-        raise (EngineGone if refused else EngineRefused)(f"can't connect to the engine: {_say(error)}", sent=False) from error
+        raise (EngineGone if refused else EngineRefused)(
+            f"can't connect to the engine: {_say(error)}", sent=False
+        ) from error
     except TimeoutError as error:
         raise EngineStalled("the engine did not answer in time") from error
     except aiohttp.ClientResponseError as error:
