@@ -5,7 +5,7 @@ are the same call, no reader misses an event, and a slow one costs nobody anythi
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 MAX_BATCH_BYTES = 16 * 1024
 
@@ -85,7 +85,7 @@ class EventLog:
             return batch, self._end_id + 1
         return batch, max(position, len(self._frames))
 
-    async def follow(self, position: int = 0) -> AsyncIterator[list[bytes]]:
+    async def follow(self, position: int = 0) -> AsyncGenerator[list[bytes], None]:
         """Yield what is ready from `position` on, as batches, until the terminal frame was handed out."""
         while True:
             batch, position = self.read(position)

@@ -14,8 +14,8 @@ from itertools import islice
 
 import msgspec
 
-from llorch.errors import TaskNotFound, TooManyStreams, UnknownPool
-from llorch.pool import Pool
+from llorch.errors import LlorchError, TaskNotFound, TooManyStreams, UnknownPool
+from llorch.pool import Pool, PoolHealth
 from llorch.task import State, Task, TaskRequest
 
 log = logging.getLogger("llorch.orchestrator")
@@ -47,9 +47,12 @@ class Orchestrator:
         self._finished_bytes = 0
         self._readers: dict[str, int] = {}
         self._reader_count = 0
+        self._no_readers = asyncio.Event()
+        self._no_readers.set()
         self._abandoned: dict[str, asyncio.TimerHandle] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self.listeners: list[Callable[[Pool, Task, State | None], None]] = []
+        self.refusal_listeners: list[Callable[[Pool, LlorchError, str | None, str | None], None]] = []
 
     # -- the door -----------------------------------------------------------------------------
 
@@ -70,6 +73,16 @@ class Orchestrator:
         BodyTooLarge; a refused or cancelled call leaves nothing behind.
         """
         pool = self.pool(request.pool_id)
+        try:
+            return await self._submit(pool, request, correlation_id, identity)
+        except LlorchError as refusal:
+            for listener in self.refusal_listeners:
+                listener(pool, refusal, correlation_id, identity)
+            raise
+
+    async def _submit(
+        self, pool: Pool, request: TaskRequest, correlation_id: str | None, identity: str | None
+    ) -> Task:
         pool.check_readiness()
         reservation = pool.reserve(request.size_bytes)
         try:
@@ -101,10 +114,28 @@ class Orchestrator:
             )
         return task
 
+    def ticket(self, task_id: str) -> str | None:
+        """What opens the task's stream instead of a token; None for an unknown task."""
+        task = self._tasks.get(task_id)
+        return None if task is None else task.ticket
+
     def recent(self, state: State | None, limit: int) -> list[Task]:
         """At most `limit` tasks, newest first, in `state` if one is given."""
         chosen = (task for task in reversed(self._tasks.values()) if state is None or task.state is state)
         return list(islice(chosen, limit))
+
+    def queue_positions(self, tasks: list[Task]) -> dict[str, int]:
+        """How many tasks wait before each task that still waits, by id; one pass for many `tasks`."""
+        if len(tasks) == 1:
+            position = self.pools[tasks[0].pool_id].queue.position(tasks[0])
+            return {} if position is None else {tasks[0].id: position}
+        pool_ids = {task.pool_id for task in tasks if task.state is State.QUEUED}
+        queues = (self.pools[pool_id].queue for pool_id in pool_ids)
+        return {task.id: position for queue in queues for position, task in enumerate(queue)}
+
+    def health(self, pool_id: str) -> PoolHealth:
+        """How the pool of that name is; raises UnknownPool."""
+        return self.pool(pool_id).health()
 
     def cancel(self, task_id: str) -> Task:
         """End the task now if it has not ended [MVP-032]; raises TaskNotFound."""
@@ -120,6 +151,7 @@ class Orchestrator:
                 f"{self._reader_count} streams are open", hint="raise stream.max_readers", retry_after_ms=1000
             )
         self._reader_count += 1
+        self._no_readers.clear()
         self._readers[task.id] = self._readers.get(task.id, 0) + 1
         if (abandoned := self._abandoned.pop(task.id, None)) is not None:
             abandoned.cancel()
@@ -131,11 +163,8 @@ class Orchestrator:
             if not self._readers[task.id]:
                 del self._readers[task.id]
                 self._last_reader_left(task)
-
-    @property
-    def reader_count(self) -> int:
-        """Open streams, over all tasks."""
-        return self._reader_count
+            if not self._reader_count:
+                self._no_readers.set()
 
     def _last_reader_left(self, task: Task) -> None:
         if self.settings.cancel_on_disconnect and not task.state.final:
@@ -215,6 +244,10 @@ class Orchestrator:
         """Return when no task runs."""
         for pool in self.pools.values():
             await pool.finished()
+
+    async def readers_gone(self) -> None:
+        """Return when no stream is open."""
+        await self._no_readers.wait()
 
     async def close(self) -> None:
         """Fail what still runs and close every engine connection; call `stop` first."""

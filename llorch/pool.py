@@ -10,7 +10,7 @@ import functools
 import logging
 import random
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import msgspec
 
@@ -59,6 +59,52 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float
     idle_s: float
     wall_s: float
+    accelerator: str = "unknown"
+
+
+class SlotCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Slots in force, those at work, and those the engine has not let go of yet."""
+
+    total: int
+    busy: int
+    draining: int
+
+
+class QueueCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Waiting tasks, how many may wait, and the bytes of their prompts."""
+
+    depth: int
+    capacity: int
+    bytes: int
+
+
+class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One engine endpoint."""
+
+    replica_id: str
+    ready: bool
+    slots: int
+    last_error: str | None = None
+
+
+class PoolHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a pool is [MVP-041]; `live`: the engine's HTTP answers; `ctx` in tokens, null until known."""
+
+    pool_id: str
+    live: bool
+    ready: bool
+    engine: str
+    engine_version: str | None = None
+    model: str | None = None
+    model_digest: str | None = None
+    ctx: int | None
+    slots: SlotCounts
+    queue: QueueCounts
+    replicas: list[ReplicaHealth]
+    determinism: Literal["verified", "failed", "unknown"]
+    sampler_profile_version: str
+    last_error: str | None = None
+    accelerator: str
 
 
 class Pool:
@@ -105,6 +151,37 @@ class Pool:
             "model_digest": self.replica.model_digest,
             "sampler_profile_version": SAMPLER_PROFILE_VERSION,
         }
+
+    def health(self) -> PoolHealth:
+        """What there is to know now."""
+        replica, props = self.replica, self.replica.props
+        last_error = replica.stuck or replica.last_error
+        return PoolHealth(
+            pool_id=self.pool_id,
+            live=replica.live,
+            ready=replica.ready and not self.stopping,
+            engine=self.engine.name,
+            engine_version=props.engine_version if props else None,
+            model=props.model if props else None,
+            model_digest=replica.model_digest,
+            ctx=self.ctx or None,
+            slots=SlotCounts(total=replica.slots, busy=replica.busy, draining=replica.draining),
+            queue=QueueCounts(
+                depth=len(self.queue), capacity=self.queue.capacity, bytes=self.queue.waiting_bytes
+            ),
+            replicas=[
+                ReplicaHealth(
+                    replica_id=replica.replica_id,
+                    ready=replica.ready,
+                    slots=replica.slots,
+                    last_error=last_error,
+                )
+            ],
+            determinism="unknown",
+            sampler_profile_version=SAMPLER_PROFILE_VERSION,
+            last_error=last_error,
+            accelerator=self.settings.accelerator,
+        )
 
     def check_readiness(self) -> None:
         """Raise PoolUnready or PoolUnavailable if no new task can be taken now."""

@@ -1,0 +1,344 @@
+"""The HTTP face: decode, call the orchestrator, encode; and the writer of event streams.
+
+The one rule: a handler owns nothing, so it may be cancelled at any await; what a request did is the
+orchestrator's. Refusals are raised as types and answered in one place, `answer_refusals`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_writer import StreamWriter
+from aiohttp_sse import EventSourceResponse
+
+from llorch import wire
+from llorch.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    InternalError,
+    InvalidParams,
+    LlorchError,
+    MethodNotAllowed,
+    NotFound,
+    QueueFull,
+    UnsupportedMediaType,
+)
+from llorch.orchestrator import Orchestrator
+from llorch.security import Gate, check_ticket
+from llorch.task import Task
+
+log = logging.getLogger("llorch.api")
+
+STALLED_WRITE_S = 120.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the handlers need to know of the configuration (seconds, bytes, tokens)."""
+
+    home: bool
+    max_tokens: int
+    max_body_bytes: int
+    body_timeout_s: float
+    heartbeat_s: float
+
+
+ORCHESTRATOR = web.AppKey("orchestrator", Orchestrator)
+GATE = web.AppKey("gate", Gate)
+SETTINGS = web.AppKey("settings", ApiSettings)
+CORRELATION_ID = web.RequestKey("correlation_id", str)
+IDENTITY = web.RequestKey("identity", str)
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+_EVENT_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-Correlation-Id",
+    "Access-Control-Max-Age": "600",
+}
+
+
+def make_app(orchestrator: Orchestrator, gate: Gate, settings: ApiSettings) -> web.Application:
+    """The application with every route."""
+    app = web.Application(middlewares=[answer_refusals, guard])
+    app[ORCHESTRATOR], app[GATE], app[SETTINGS] = orchestrator, gate, settings
+    app.on_response_prepare.append(_add_headers)
+    for method, path, handler in ROUTES:
+        app.router.add_route(method, path, handler, expect_handler=_ignore_expect)
+        if method == "GET" and handler is not stream_task:
+            app.router.add_route("HEAD", path, handler, expect_handler=_ignore_expect)
+    app.router.add_route("*", "/{tail:.*}", no_such_route, expect_handler=_ignore_expect)
+    return app
+
+
+# -- around every handler --------------------------------------------------------------------------
+
+
+@web.middleware
+async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every refusal as the envelope; what is no refusal is a bug, logged and answered as one."""
+    request[CORRELATION_ID] = _correlation_id(request)
+    try:
+        return await handler(request)
+    except LlorchError as error:
+        return _refuse(request, error)
+    except web.HTTPMethodNotAllowed as error:
+        return _refuse(request, _method_not_allowed(request, error.allowed_methods))
+    except web.HTTPNotFound:
+        return _refuse(request, _not_found(request))
+    except (asyncio.CancelledError, ConnectionError):
+        raise  # the client has gone
+    except Exception:
+        fields = {"event": "bug", "correlation_id": request[CORRELATION_ID]}
+        log.exception("a bug in llorch failed a request", extra=fields)
+        if request.writer.output_size > 0:  # the answer has begun: cutting it off is all that is left
+            raise ConnectionAbortedError from None
+        return _refuse(request, InternalError("a bug in llorch; its log has more under this correlation id"))
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Host and Origin, then the token, before anything else."""
+    gate, headers = request.app[GATE], request.headers
+    gate.check_site(headers, _target_host(request))
+    if request.method == "OPTIONS" and gate.allows_cors(headers):
+        return web.Response(status=204, headers=_PREFLIGHT)
+    by_ticket = request.match_info.handler is stream_task and "ticket" in request.query
+    if not (by_ticket and gate.token_needed and "Authorization" not in headers):
+        request[IDENTITY] = gate.identify(request.remote, headers)
+    return await handler(request)
+
+
+def _target_host(request: web.Request) -> str | None:
+    """The host of an absolute request target, None for the usual kind."""
+    return request.url.host if request.host != request.headers.get("Host", "") else None
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.update(request.app[GATE].cors_headers(request.headers))
+    if not request.app[SETTINGS].home and CORRELATION_ID in request:
+        response.headers["X-Correlation-Id"] = request[CORRELATION_ID]
+
+
+async def _ignore_expect(request: web.Request) -> None:
+    """100-continue is sent when a body is wanted, by `_read_body`; so a refusal comes before the body."""
+
+
+def _correlation_id(request: web.Request) -> str:
+    given = request.headers.get("X-Correlation-Id", "")
+    return given if _SANE_ID.fullmatch(given) else str(uuid.uuid4())
+
+
+def _refuse(request: web.Request, error: LlorchError) -> web.Response:
+    headers = dict(error.headers)
+    if error.retry_after_ms is not None and error.status in (429, 503):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
+    if isinstance(error, QueueFull):
+        headers["X-Backoff-Ms"] = str(error.retry_after_ms)
+    if error.status in (401, 403):
+        fields = {"event": "refused", "correlation_id": request[CORRELATION_ID], "peer": request.remote}
+        log.info("refused %s: %s", error.code, error.message, extra=fields)
+    return _json(wire.refusal(error, home=request.app[SETTINGS].home), status=error.status, headers=headers)
+
+
+def _json(answer: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(answer), status=status, headers=headers, content_type="application/json"
+    )
+
+
+# -- routes ----------------------------------------------------------------------------------------
+
+
+async def get_health(request: web.Request) -> web.Response:
+    """The process answers; nothing more."""
+    return _json({"status": "ok"})
+
+
+async def create_task(request: web.Request) -> web.Response:
+    """Admit a task [MVP-030]."""
+    settings = request.app[SETTINGS]
+    body = await _read_body(request, settings)
+    correlation_id = request[CORRELATION_ID]
+    task = await request.app[ORCHESTRATOR].submit(
+        wire.task_request(body, max_tokens=settings.max_tokens),
+        correlation_id=correlation_id,
+        identity=request[IDENTITY],
+    )
+    answer = wire.created(task, None if settings.home else correlation_id)
+    return _json(answer, status=202, headers={"Location": f"/v1/tasks/{task.id}"})
+
+
+async def list_tasks(request: web.Request) -> web.Response:
+    """Recent tasks, newest first."""
+    for name in request.query:
+        if name not in ("state", "limit"):
+            raise InvalidParams(f"?{name[:60]}: unknown, expected state or limit")
+    orchestrator = request.app[ORCHESTRATOR]
+    state, limit = (
+        wire.state_filter(request.query.get("state")),
+        wire.limit_filter(request.query.get("limit")),
+    )
+    tasks = orchestrator.recent(state, limit)
+    positions = orchestrator.queue_positions(tasks)
+    views = [wire.snapshot(task, positions.get(task.id), with_stream_url=False) for task in tasks]
+    return _json(wire.TaskList(views))
+
+
+async def get_task(request: web.Request) -> web.Response:
+    """One task as it stands."""
+    orchestrator = request.app[ORCHESTRATOR]
+    task = orchestrator.get(request.match_info["task_id"])
+    position = orchestrator.queue_positions([task]).get(task.id)
+    return _json(wire.snapshot(task, position, with_stream_url=True))
+
+
+async def cancel_task(request: web.Request) -> web.Response:
+    """End a task; from this answer on no token of it is sent to anybody [MVP-032]."""
+    await _expect_no_body(request)
+    task = request.app[ORCHESTRATOR].cancel(request.match_info["task_id"])
+    return _json(wire.Cancelled(task_id=task.id, state=task.state.value, tokens_out=task.tokens_out))
+
+
+async def get_pool_health(request: web.Request) -> web.Response:
+    """How a pool is [MVP-041]."""
+    return _json(request.app[ORCHESTRATOR].health(request.match_info["pool_id"]))
+
+
+async def stream_task(request: web.Request) -> web.StreamResponse:
+    """The events of a task, from the start or after `Last-Event-ID`; 204 if there are no more [MVP-033]."""
+    orchestrator, task_id = request.app[ORCHESTRATOR], request.match_info["task_id"]
+    if IDENTITY not in request:  # a ticket instead of a token
+        check_ticket(request.query["ticket"], orchestrator.ticket(task_id))
+    task = orchestrator.get(task_id)
+    position = task.log.resume(_last_event_id(request))
+    if position is None:
+        return web.Response(status=204)
+    with orchestrator.reading(task):
+        return await _write_events(request, task, position)
+
+
+async def no_such_route(request: web.Request) -> web.StreamResponse:
+    """404, or 405 with the methods that the path does have."""
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        if resource is not request.match_info.route.resource:
+            allowed |= (await resource.resolve(request))[1]
+    raise _method_not_allowed(request, allowed) if allowed else _not_found(request)
+
+
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/health", get_health),
+    ("POST", "/v1/tasks", create_task),
+    ("GET", "/v1/tasks", list_tasks),
+    ("GET", "/v1/tasks/{task_id}", get_task),
+    ("GET", "/v1/tasks/{task_id}/stream", stream_task),
+    ("POST", "/v1/tasks/{task_id}/cancel", cancel_task),
+    ("GET", "/v1/pools/{pool_id}/health", get_pool_health),
+]
+
+
+def _not_found(request: web.Request) -> NotFound:
+    return NotFound(f"no route {request.path[:80]}")
+
+
+def _method_not_allowed(request: web.Request, allowed: set[str]) -> MethodNotAllowed:
+    methods = ", ".join(sorted(allowed))
+    message = f"{request.method[:20]} is not possible on {request.path[:80]}, {methods} is"
+    return MethodNotAllowed(message, headers={"Allow": methods})
+
+
+# -- bodies ----------------------------------------------------------------------------------------
+
+
+async def _read_body(request: web.Request, settings: ApiSettings) -> bytes:
+    """The JSON body, bounded in type, bytes and time; refused before it is read where that can be known."""
+    if "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("Content-Encoding is not supported: send the body as it is")
+    if request.body_exists and request.content_type != "application/json":
+        message = f"expected Content-Type: application/json, got {request.content_type[:60]!r}"
+        raise UnsupportedMediaType(message)
+    limit = settings.max_body_bytes
+    if (request.content_length or 0) > limit:
+        raise BodyTooLarge(f"the body has {request.content_length} bytes, http.max_body_bytes is {limit}")
+    return await _bounded(request, limit, settings.body_timeout_s)
+
+
+async def _bounded(request: web.Request, limit: int, timeout_s: float) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            if request.headers.get("Expect", "").lower() == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0
+            async for block in request.content.iter_any():
+                body += block
+                if len(body) > limit:
+                    raise BodyTooLarge(f"the body has over {limit} bytes (http.max_body_bytes)")
+    except TimeoutError:
+        raise BodyTimeout(f"the body took over {timeout_s:g} s (http.body_timeout_s)") from None
+    except (web.RequestPayloadError, HttpProcessingError):
+        raise InvalidParams("the body is not framed as HTTP says") from None
+    return bytes(body)
+
+
+async def _expect_no_body(request: web.Request) -> None:
+    if "Content-Type" in request.headers or "Content-Encoding" in request.headers:
+        raise UnsupportedMediaType("this route takes no body and no Content-Type")
+    if request.body_exists:
+        try:
+            await _bounded(request, 0, request.app[SETTINGS].body_timeout_s)
+        except BodyTooLarge:
+            raise UnsupportedMediaType("this route takes no body") from None
+
+
+# -- event streams ---------------------------------------------------------------------------------
+
+
+def _last_event_id(request: web.Request) -> int | None:
+    given = request.headers.get("Last-Event-ID", request.query.get("last_event_id", ""))
+    return int(given) if _EVENT_ID.fullmatch(given) else None
+
+
+async def _write_events(request: web.Request, task: Task, position: int) -> web.StreamResponse:
+    """Write what is ready, wait for more, until the terminal event; a stalled reader is cut off.
+
+    Each batch goes out in one write of at most 16 KiB, and only when the transport holds nothing: so little
+    is ever past recall.
+    """
+    response = EventSourceResponse(
+        sep="\n", ping_interval=request.app[SETTINGS].heartbeat_s, send_timeout=STALLED_WRITE_S
+    )
+    response.headers["Connection"] = "close"
+    response.force_close()
+    writer = await response.prepare(request)
+    transport = request.transport
+    if transport is None:
+        return response  # the reader has gone
+    assert isinstance(writer, StreamWriter)
+    transport.set_write_buffer_limits(high=0)
+    try:
+        async with response, contextlib.aclosing(task.log.follow(position)) as batches:
+            async for batch in batches:
+                await writer.write(b"".join(batch), drain=False)
+                if request.protocol.writing_paused:
+                    async with asyncio.timeout(STALLED_WRITE_S):
+                        await writer.drain()
+        async with asyncio.timeout(STALLED_WRITE_S):
+            await response.write_eof()
+    except TimeoutError:
+        transport.abort()
+    except ConnectionError:
+        pass  # the reader has gone
+    return response

@@ -1,0 +1,338 @@
+"""The composition root: a Config becomes objects, the objects become a process that runs and stops well.
+
+The one rule: decisions live in the objects; here they are only put together, started, and stopped in order.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import resource
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from llorch import __version__, gpu, journal, logs, sdnotify
+from llorch.adapters.llamacpp import LlamaCpp
+from llorch.api import ApiSettings, make_app
+from llorch.config import SECRET_KEYS, Address, Config, parse_address
+from llorch.orchestrator import Orchestrator, StreamSettings
+from llorch.pool import Pool, PoolSettings
+from llorch.security import Gate
+
+log = logging.getLogger("llorch.server")
+
+EXIT_BUG = 1
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+
+FIRST_PROBE_S = 2.0
+LINGERING_S = 2.0
+READERS_LEAVE_S = 1.0
+READERS_LEAVE_AT_ONCE_S = 0.5
+RESERVED_FILES = 256  # for engines, clients that do not stream, and what the process itself needs
+CPU_CARVE_OUT = "cpu (gpu.required = false)"
+
+_NOT_HTTP = b'{"code":"INVALID_PARAMS","message":"this is not a valid HTTP request","engine":null}'
+_BUG = b'{"code":"INTERNAL","message":"a bug in llorch; its log has more","engine":null}'
+
+
+class StartError(Exception):
+    """Something outside the configuration file keeps the service from starting."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Protocol(web.RequestHandler):
+    """aiohttp's, but what its parser refuses is answered with constant bytes and logged in one line."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what no handler can answer; closes the connection."""
+        if request.writer.output_size > 0:
+            raise ConnectionAbortedError  # the answer has begun: cutting it off is all that is left
+        client_fault = status < 500
+        if client_fault:
+            log.info("not HTTP from %s", request.remote, extra={"event": "bad_request"})
+        else:
+            log.error("a bug failed a request before its handler", exc_info=exc, extra={"event": "bug"})
+        body = _NOT_HTTP if client_fault else _BUG
+        response = web.Response(status=status, body=body, content_type="application/json")
+        response.force_close()
+        return response
+
+
+# -- put together ----------------------------------------------------------------------------------
+
+
+def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestrator]:
+    """The application and its orchestrator; needs a running loop."""
+    orchestrator = Orchestrator(
+        [_pool(config, accelerator)], _stream(config), tickets=bool(config.auth.token)
+    )
+    orchestrator.listeners.append(journal.task_moved)
+    orchestrator.refusal_listeners.append(journal.task_refused)
+    gate = Gate(
+        token=config.auth.token,
+        optional_on_loopback=config.auth.optional,
+        trust_proxy_auth=config.auth.trust_proxy_auth,
+        own_names=(socket.gethostname(), *config.http.allowed_hosts),
+        cors_origins=config.http.cors_origins,
+    )
+    settings = ApiSettings(
+        home=config.profile == "home",
+        max_tokens=config.limits.max_tokens,
+        max_body_bytes=config.http.max_body_bytes,
+        body_timeout_s=config.http.body_timeout_s,
+        heartbeat_s=config.stream.heartbeat_s,
+    )
+    return make_app(orchestrator, gate, settings), orchestrator
+
+
+def _pool(config: Config, accelerator: str) -> Pool:
+    adapter, queue, limits, timeouts = config.adapter, config.queue, config.limits, config.timeouts
+    engine = LlamaCpp(
+        adapter.endpoint,
+        api_key=adapter.api_key,
+        connect_s=timeouts.connect_s,
+        control_s=timeouts.control_s,
+    )
+    settings = PoolSettings(
+        capacity=queue.capacity,
+        max_bytes=queue.max_bytes,
+        max_wait_s=queue.max_wait_s,
+        default_retry_after_ms=queue.default_retry_after_ms,
+        ctx=limits.ctx,
+        max_tokens_default=limits.max_tokens_default,
+        max_tokens=limits.max_tokens,
+        retries=adapter.retries,
+        first_token_s=timeouts.first_token_s,
+        idle_s=timeouts.idle_s,
+        wall_s=timeouts.wall_s,
+        accelerator=accelerator,
+    )
+    return Pool(
+        "default",
+        engine,
+        settings,
+        slots=None if adapter.slots == "auto" else adapter.slots,
+        drain_s=adapter.drain_s,
+        on_readiness=journal.readiness_changed,
+    )
+
+
+def _stream(config: Config) -> StreamSettings:
+    stream = config.stream
+    return StreamSettings(
+        max_readers=_affordable_readers(stream.max_readers),
+        retain_s=stream.retain_s,
+        retain_bytes=stream.retain_bytes,
+        cancel_on_disconnect=stream.on_disconnect == "cancel",
+        disconnect_grace_s=stream.disconnect_grace_s,
+    )
+
+
+def _affordable_readers(wanted: int) -> int:
+    """As many streams as wanted, or as there are file descriptors for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft == resource.RLIM_INFINITY or wanted <= soft - RESERVED_FILES:
+        return wanted
+    affordable = max(soft - RESERVED_FILES, 1)
+    message = "stream.max_readers is %d, the limit of %d open files leaves room for %d: raise LimitNOFILE"
+    log.warning(message, wanted, soft, affordable, extra={"event": "start"})
+    return affordable
+
+
+# -- start -----------------------------------------------------------------------------------------
+
+
+def serve(config: Config, config_file: Path | None = None) -> int:
+    """Run until SIGTERM or SIGINT, and return the exit code. Raises StartError."""
+    accelerator = _accelerator(config)
+    sock = _bind(parse_address(config.bind_addr))
+    secrets = [config.auth.token, config.adapter.api_key]
+    listener = logs.start(text=config.log.format == "text", level=config.log.level, secrets=secrets)
+    try:
+        _warn(config, config_file)
+        return asyncio.run(_serve(config, sock, accelerator))
+    finally:
+        listener.stop()
+
+
+def _accelerator(config: Config) -> str:
+    """What computes, for health; raises StartError without a GPU where one is required [MVP-010]."""
+    if not config.gpu.required:
+        return CPU_CARVE_OUT
+    try:
+        return str(gpu.preflight())
+    except gpu.GpuUnavailable as error:
+        raise StartError(f"no GPU: {error}", EXIT_CONFIG) from error
+
+
+def _bind(address: Address) -> socket.socket:
+    """A bound socket that does not listen yet; raises StartError."""
+    host = "127.0.0.1" if address.host == "localhost" else address.host
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, address.port))
+    except OSError as error:
+        sock.close()
+        raise _bind_error(address, error) from error
+    return sock
+
+
+def _bind_error(address: Address, error: OSError) -> StartError:
+    if error.errno == errno.EADDRINUSE:
+        return StartError(
+            f"{address} is taken by another program: stop it, or choose another bind_addr "
+            f"(`ss -ltnp 'sport = :{address.port}'` shows who has it)",
+            EXIT_UNAVAILABLE,
+        )
+    return StartError(f"can't listen on {address}: {error.strerror}; mend bind_addr", EXIT_CONFIG)
+
+
+def _warn(config: Config, config_file: Path | None) -> None:
+    """Say what is allowed and yet should be known."""
+    extra = {"event": "start"}
+    if not config.gpu.required:
+        log.warning("gpu.required = false: INFERENCE MAY RUN ON THE CPU; for CI and demos only", extra=extra)
+    if config.auth.trust_proxy_auth:
+        log.warning(
+            "auth.trust_proxy_auth = true: the proxy must check and overwrite every Authorization header it "
+            "passes on; whoever reaches it otherwise is let in",
+            extra=extra,
+        )
+    inline = [
+        key
+        for key in SECRET_KEYS
+        if msgspec.to_builtins(config)[key.partition(".")[0]][key.partition(".")[2]]
+    ]
+    if config_file is not None and inline and stat.S_IMODE(config_file.stat().st_mode) & 0o077:
+        log.warning(
+            "others on this machine can read %s and the secrets in it: chmod 600 it", config_file, extra=extra
+        )
+
+
+# -- run and stop ----------------------------------------------------------------------------------
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks to stop, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.stop_at_once = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        (self.stop_at_once if self.stop.is_set() else self.stop).set()
+
+
+async def _serve(config: Config, sock: socket.socket, accelerator: str) -> int:
+    signals = _Signals()
+    app, orchestrator = compose(config, accelerator)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
+    await runner.setup()
+    try:
+        await orchestrator.first_probe(FIRST_PROBE_S)
+        async with _listening(runner, sock, config.http.idle_timeout_s):
+            host, port = sock.getsockname()[:2]
+            message = (
+                f"llorch {__version__} listens on http://{Address(host, port)}, computes on {accelerator}"
+            )
+            log.info("%s", message, extra={"event": "start"})
+            sdnotify.notify(f"READY=1\nSTATUS={message}")
+            return await _work(orchestrator, signals, config.shutdown.grace_s)
+    finally:
+        await orchestrator.close()
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    runner: web.AppRunner, sock: socket.socket, idle_timeout_s: float
+) -> AsyncIterator[asyncio.Server]:
+    loop, server = asyncio.get_running_loop(), runner.server
+    assert server is not None
+
+    def protocol() -> Protocol:
+        return Protocol(
+            server,
+            loop=loop,
+            keepalive_timeout=idle_timeout_s,
+            lingering_time=LINGERING_S,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp's own way to say off
+            auto_decompress=False,
+        )
+
+    try:
+        listening = await loop.create_server(protocol, sock=sock, backlog=1024)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise _bind_error(Address(host, port), error) from error
+    try:
+        yield listening
+    finally:
+        listening.close()
+
+
+async def _work(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -> int:
+    """Keep the pools at work until a signal, then stop; the exit code."""
+    work = asyncio.create_task(orchestrator.run(), name="orchestrator")
+    beat = asyncio.create_task(_feed_watchdog(work), name="watchdog")
+    stop_asked = asyncio.create_task(signals.stop.wait(), name="stop-signal")
+    await asyncio.wait({work, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
+    failed = work.done()
+    if failed:
+        log.critical("a bug stopped the dispatcher, so llorch stops", exc_info=work.exception())
+        signals.stop_at_once.set()
+    await _stop(orchestrator, signals, grace_s)
+    for task in (work, beat, stop_asked):
+        task.cancel()
+    await asyncio.wait({work, beat, stop_asked})
+    return EXIT_BUG if failed else 0
+
+
+async def _feed_watchdog(work: asyncio.Task[None]) -> None:
+    """Tell systemd that all is well, as long as the dispatcher lives and the loop turns."""
+    interval_s = sdnotify.watchdog_interval_s()
+    while interval_s is not None and not work.done():
+        sdnotify.notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+async def _stop(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -> None:
+    """CONTRACT: waiting tasks fail at once, running ones have the grace, readers a second."""
+    sdnotify.notify("STOPPING=1")
+    log.info("stopping: running tasks have %g s", grace_s, extra={"event": "stop"})
+    orchestrator.stop()
+    finished = asyncio.create_task(orchestrator.finished(), name="grace")
+    at_once = asyncio.create_task(signals.stop_at_once.wait(), name="second-signal")
+    await asyncio.wait({finished, at_once}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    finished.cancel()
+    await orchestrator.close()
+    leave_s = READERS_LEAVE_AT_ONCE_S if signals.stop_at_once.is_set() else READERS_LEAVE_S
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(leave_s):
+            await orchestrator.readers_gone()
+    at_once.cancel()
+    log.info("stopped", extra={"event": "stop"})
