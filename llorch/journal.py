@@ -36,7 +36,7 @@ def _sentence(task: Task, previous: State | None) -> tuple[int, str, str]:
             return logging.INFO, "cancelled", f"task cancelled {stage}"
         case State.FAILED:
             code = task.error.code if task.error else "unknown"
-            return logging.WARNING, "failed", f"task failed: {code}"
+            return logging.WARNING, "failed", f"task failed: {code}: {task.cause}"
 
 
 def task_refused(pool: Pool, refusal: LlorchError, correlation_id: str | None, identity: str | None) -> None:

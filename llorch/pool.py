@@ -393,7 +393,8 @@ class Pool:
             self.replica.suspect(failure.summary)
         lease.close(clean=not failure.sent)
         retry_after_ms = self.settings.default_retry_after_ms if failure.retriable else None
-        task.fail(Error(failure.code, failure.retriable, retry_after_ms, str(failure)))
+        error = Error(failure.code, failure.retriable, retry_after_ms, str(failure))
+        task.fail(error, cause=failure.summary)
 
     def _ran(self, task: Task, lease: Lease, runner: asyncio.Task[None]) -> None:
         """The last word on every runner, however it ended: its task has ended and its lease is closed."""

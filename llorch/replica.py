@@ -218,14 +218,14 @@ class Replica:
         except EngineFailure as failure:
             health, error = Health.FAILED, str(failure)
             self.live = not isinstance(failure, EngineRefused | EngineStalled)
+        before = self.dispatchable, self.health, self.props
         if health is Health.READY and props is not None:
             self._adopt(props)
         self._failures = self._failures + 1 if health is Health.FAILED else 0
-        before = self.dispatchable, self.health
         self.health, self.last_error = health, error
         if self._doubts == doubts:  # else something broke while we looked: look again
             self._suspect = None
-        if (self.dispatchable, self.health) != before:
+        if (self.dispatchable, self.health, self.props) != before:
             self.on_change(self)
         async with self._probed:
             self._probed.notify_all()
@@ -235,9 +235,7 @@ class Replica:
             self.model_digest = None
         if self.model_digest is None or not self.ready:
             self._start_reading_digest(props.model_path)
-        changed, self.props = props != self.props, props
-        if changed:
-            self.on_change(self)
+        self.props = props
 
     def _start_reading_digest(self, model_path: str | None) -> None:
         if model_path is not None and (self._digest_task is None or self._digest_task.done()):

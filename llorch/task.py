@@ -104,6 +104,7 @@ class Task:
 
     __slots__ = (
         "admitted_at",
+        "cause",
         "correlation_id",
         "created_at",
         "ended_at",
@@ -168,6 +169,7 @@ class Task:
         self.tokens_out = 0
         self.finish_reason: FinishReason | None = None
         self.error: Error | None = None
+        self.cause: str | None = None
         self.admitted_at = now()
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -266,15 +268,15 @@ class Task:
             lease.interrupt()
         return True
 
-    def fail(self, error: Error) -> bool:
+    def fail(self, error: Error, *, cause: str | None = None) -> bool:
         """QUEUED or RUNNING → FAILED, the log sealed with `error`; False if the task had ended.
 
-        A running engine is told to stop.
+        A running engine is told to stop. `cause` is for the log, where the error's message may quote a prompt.
         """
         if State.FAILED not in TRANSITIONS[self.state]:
             return False
         lease = self.lease
-        self.error = error
+        self.error, self.cause = error, cause or error.message
         self._seal(frame(self.log.next_id, error), recall=False)
         self._move(State.FAILED)
         if lease is not None:

