@@ -364,6 +364,7 @@ class Pool:
 
     def _take(self, task: Task, lease: Lease, chunk: Chunk) -> bool:
         """Hand a chunk to the task; True when the task has ended and the lease is closed."""
+        lease.answered = True
         for text in chunk.texts:
             task.token(text)
         if chunk.final is None:

@@ -45,7 +45,7 @@ class Lease:
     """The right of one task to one slot of a replica, alone on it if `exclusive`.
 
     It is *active* until closed; closed uncleanly it *drains*, and still counts, until the engine let go.
-    `sent`: whether anything may have reached the engine under it.
+    `sent`: whether anything may have reached the engine under it; `answered`: the engine has begun on it.
     """
 
     def __init__(self, replica: "Replica", *, exclusive: bool) -> None:
@@ -58,6 +58,7 @@ class Lease:
         self.since = asyncio.get_running_loop().time()
         self.runner: asyncio.Task[None] | None = None
         self.sent = False
+        self.answered = False
         self._drained: asyncio.Future[None] | None = None
 
     def interrupt(self) -> None:
@@ -79,7 +80,7 @@ class Lease:
 
     def let_go(self) -> None:
         """The engine no longer works under this lease; whoever waits in `drain` goes on."""
-        self.draining, self.sent, self.idle_looks = False, False, 0
+        self.draining, self.sent, self.answered, self.idle_looks = False, False, False, 0
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -274,8 +275,9 @@ class Replica:
     async def drain(self) -> None:
         """Free draining slots once the engine has let go of them. Runs until cancelled.
 
-        Let go means: `/slots` shows no more busy slots than leases at work, twice in a row and at least
-        100 ms apart (a request not yet picked up reads as idle), or the engine refuses connections.
+        Let go means: `/slots` shows no more busy slots than leases that were surely at work, twice in a row
+        and at least 100 ms apart (a request not yet picked up reads as idle), or the engine refuses
+        connections.
         """
         while True:
             if not self.draining:
@@ -285,7 +287,7 @@ class Replica:
             pending = {lease for lease in self.leases if lease.draining}
             looks_needed = 2
             try:
-                idle = await self.engine.busy_slots() <= self.busy
+                idle = await self._look_idle()
             except (EngineGone, EngineLoading):
                 idle, looks_needed = True, 1  # gone, or started anew: what it ran is no more
             except EngineFailure as failure:
@@ -298,6 +300,20 @@ class Replica:
             if self.draining:
                 self._check_overdue()
                 await asyncio.sleep(DRAIN_POLL_S)
+
+    async def _look_idle(self) -> bool:
+        """Whether the engine is at work for live leases alone.
+
+        A lease explains a busy slot only if the engine had begun on it before the look, and it is still at
+        work some time after: else the slot may be another's, and this one's request still on its way.
+        """
+        answered = {lease for lease in self.leases if lease.answered and not lease.draining}
+        busy_slots = await self.engine.busy_slots()
+        if not busy_slots:
+            return True
+        await asyncio.sleep(DRAIN_POLL_S)
+        at_work = {lease for lease in answered & self.leases if not lease.draining}
+        return busy_slots <= len(at_work)
 
     def _let_go(self, lease: Lease) -> None:
         lease.let_go()

@@ -1,0 +1,185 @@
+"""Bugs planted in the core, one at a time, each of a kind that a system like this one had.
+
+`MUTANTS[name]` is a context manager under which the core has that bug.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+
+from llorch.admission import AdmissionQueue, Reservation
+from llorch.engine import EngineBroken, EngineFailure, EngineRefused
+from llorch.eventlog import EventLog
+from llorch.orchestrator import Orchestrator
+from llorch.pool import Pool
+from llorch.replica import Lease, Replica
+from llorch.task import Task
+
+Mutant = Callable[[], AbstractContextManager[Any]]
+MUTANTS: dict[str, Mutant] = {}
+
+
+def plant(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as a bug: it stands in for `owner.name`."""
+
+    def register(bug: Callable[..., Any]) -> Callable[..., Any]:
+        named = bug.fget if isinstance(bug, property) else bug
+        MUTANTS[named.__name__] = lambda: patch.object(owner, name, bug)
+        return bug
+
+    return register
+
+
+@plant(Task, "cancel")
+def cancel_ends_the_task_a_turn_later(self: Task) -> bool:
+    if self.state.final:
+        return False
+    asyncio.get_running_loop().call_soon(_cancel, self)
+    return True
+
+
+@plant(Lease, "interrupt")
+def cancel_leaves_the_engine_at_work(self: Lease) -> None:
+    pass
+
+
+@plant(EventLog, "seal")
+def cancel_recalls_nothing(self: EventLog, end: bytes, *, recall: bool = False) -> None:
+    _seal(self, end)
+
+
+@plant(EventLog, "_wake")
+def only_one_reader_is_woken(self: EventLog) -> None:
+    if self._waiters:
+        waiter = self._waiters.pop(0)
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+@plant(EventLog, "follow")
+async def events_are_read_then_the_end(self: EventLog, position: int = 0) -> Any:
+    while True:
+        batch, after = self.read(position)
+        if batch:
+            yield batch
+            position = after
+        await asyncio.sleep(0)
+        if self.sealed:
+            return
+        if not batch:
+            await self._changed()
+
+
+@plant(EventLog, "resume")
+def resume_repeats_an_event(self: EventLog, last_event_id: int | None) -> int | None:
+    position = _resume(self, last_event_id)
+    return position - 1 if position else position
+
+
+@plant(Replica, "_release")
+def freed_slot_tells_nobody(self: Replica, lease: Lease) -> None:
+    self.leases.discard(lease)
+
+
+@plant(Lease, "close")
+def slot_is_free_before_the_engine_let_go(self: Lease, *, clean: bool) -> None:
+    _close(self, clean=True)
+
+
+@plant(Replica, "_look_idle")
+async def any_lease_explains_a_busy_slot(self: Replica) -> bool:
+    return await self.engine.busy_slots() <= self.busy
+
+
+@plant(Replica, "_look_idle")
+async def one_look_is_enough(self: Replica) -> bool:
+    idle = await self.engine.busy_slots() == 0
+    for lease in self.leases:
+        lease.idle_looks += idle and lease.draining
+    return idle
+
+
+@plant(Replica, "try_lease")
+def strict_task_does_not_wait_for_idle(self: Replica, *, exclusive: bool) -> Lease | None:
+    return _try_lease(self, exclusive=False)
+
+
+@plant(Pool, "_ran")
+def runner_that_never_ran_keeps_its_lease(self: Pool, task: Task, lease: Lease, runner: Any) -> None:
+    del self._running[runner]
+
+
+@plant(Pool, "withdraw")
+def cancelled_entry_stays_in_the_queue(self: Pool, task: Task) -> None:
+    pass
+
+
+@plant(Pool, "stop")
+def stop_forgets_the_queue(self: Pool) -> None:
+    self.stopping = True
+
+
+@plant(Pool, "_attempt")
+async def broken_answer_is_tried_again(self: Pool, *args: Any) -> EngineFailure | None:
+    failure = await _attempt(self, *args)
+    return EngineRefused(failure.summary) if isinstance(failure, EngineBroken) else failure
+
+
+@plant(AdmissionQueue, "admit")
+def bound_is_not_looked_at_again_at_admission(self: AdmissionQueue, place: Reservation, task: Task) -> int:
+    capacity, self.capacity = self.capacity, 1000
+    try:
+        return _admit(self, place, task)
+    finally:
+        self.capacity = capacity
+
+
+@plant(Pool, "_run")
+async def strict_task_shares_the_prompt_cache(self: Pool, task: Task, lease: Lease) -> None:
+    request = task.request
+    task.request = msgspec.structs.replace(request, determinism="best_effort")
+    await _run(self, task, lease)
+
+
+@plant(AdmissionQueue, "head")
+@property
+def last_come_first_served(self: AdmissionQueue) -> Task | None:
+    return next(reversed(self._waiting.values()), None)
+
+
+@plant(Orchestrator, "submit")
+async def client_that_leaves_keeps_its_place(self: Orchestrator, request: Any, **_: Any) -> Task:
+    pool = self.pool(None)
+    pool.check_readiness()
+    reservation = pool.reserve(request.size_bytes)
+    try:
+        await pool.fit(request, reservation)
+        pool.check_readiness()
+    except Exception:
+        reservation.release()
+        raise
+    reservation.release()
+    return await _submit(self, request)
+
+
+@plant(Pool, "check_readiness")
+def stopping_pool_admits(self: Pool) -> None:
+    if not self.replica.ready:
+        _check_readiness(self)
+
+
+@plant(Reservation, "release")
+def place_is_given_back_twice(self: Reservation) -> None:
+    self._queue.reserved -= 1
+    self._queue.reserved_bytes -= self.size_bytes
+
+
+_cancel, _seal, _resume = Task.cancel, EventLog.seal, EventLog.resume
+_close, _try_lease = Lease.close, Replica.try_lease
+_attempt, _admit, _submit = Pool._attempt, AdmissionQueue.admit, Orchestrator.submit
+_run = Pool._run
+_check_readiness = Pool.check_readiness
