@@ -125,7 +125,12 @@ class LlamaCpp:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={**headers, "Content-Type": "application/json", "User-Agent": "llorch"},
+            headers={
+                **headers,
+                "Accept-Encoding": "identity",
+                "Content-Type": "application/json",
+                "User-Agent": "llorch",
+            },
             auto_decompress=False,
             trust_env=False,
             response_class=response_class,
@@ -147,9 +152,7 @@ class LlamaCpp:
                     raise EngineBroken(f"/completion answered with {response.content_type!r}")
                 parser = SseParser(MAX_EVENT_BYTES)
                 async for block in response.content.iter_any():
-                    events = parser.feed(block)
-                    if events:
-                        chunk = _chunk(events)
+                    for chunk in _chunks(parser.feed(block)):
                         if chunk.final is not None:
                             response.close()
                             yield chunk
@@ -199,6 +202,8 @@ class LlamaCpp:
         return await asyncio.to_thread(self._digest, model_path)
 
     def _digest(self, model_path: str) -> str | None:
+        if not os.path.isfile(model_path):
+            return None  # opening a FIFO would wait, reading a device would not end
         try:
             with open(model_path, "rb") as file:
                 stat = os.fstat(file.fileno())
@@ -222,6 +227,8 @@ class LlamaCpp:
     def _request(
         self, method: str, path: str, body: bytes | None, timeout: aiohttp.ClientTimeout
     ) -> Any:  # aiohttp's request context manager has no public name
+        if self._session.closed:
+            raise EngineRefused("the adapter is closed", sent=False)
         return self._session.request(
             method, self.endpoint.with_path(path), data=body, timeout=timeout, allow_redirects=False
         )
@@ -277,25 +284,39 @@ def _completion_body(generation: Generation) -> bytes:
     return msgspec.json.encode(body)
 
 
-def _chunk(events: list[ServerEvent]) -> Chunk:
-    """All events of one read; what comes after the final one is nobody's."""
+def _chunks(events: list[ServerEvent]) -> Iterator[Chunk]:
+    """All events of one read in one chunk; what comes after the final one is nobody's.
+
+    Raises EngineBroken at a bad one, once the texts before it are handed on.
+    """
     texts: list[str] = []
-    for event in events:
-        try:
-            said = _decode_event(event.data)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise EngineBroken("an event that is not what the engine sends", detail=str(error)) from error
-        if event.name == b"error" or said.error is not msgspec.UNSET:
-            raise EngineBroken("the engine reported an error", detail=_error_text(event.data))
-        if said.content is msgspec.UNSET:
-            if not said.stop:
-                raise EngineBroken("an event without content")
-        elif said.content:
-            texts.append(said.content)
-        if said.stop:
-            reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
-            return Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated))
-    return Chunk(texts)
+    try:
+        for event in events:
+            said = _said(event)
+            if said.content:
+                texts.append(said.content)
+            if said.stop:
+                reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
+                yield Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated))
+                return
+    except EngineBroken:
+        if texts:
+            yield Chunk(texts)
+        raise
+    if events:
+        yield Chunk(texts)
+
+
+def _said(event: ServerEvent) -> _Event:
+    try:
+        said = _decode_event(event.data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise EngineBroken("an event that is not what the engine sends", detail=str(error)) from error
+    if event.name == b"error" or said.error is not msgspec.UNSET:
+        raise EngineBroken("the engine reported an error", detail=_error_text(event.data))
+    if said.content is msgspec.UNSET and not said.stop:
+        raise EngineBroken("an event without content")
+    return said
 
 
 def _error_text(body: bytes) -> str:

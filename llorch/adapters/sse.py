@@ -80,7 +80,7 @@ class SseParser:
             self._add(value)
 
     def _add(self, value: bytes) -> None:
-        self._size += len(value)
+        self._size += len(value) + 1  # an empty line takes room too
         if self._size > self._max:
             raise EventTooLong(f"an event of over {self._max} bytes")
         self._data.append(value)

@@ -38,14 +38,17 @@ class SimLoop(asyncio.BaseEventLoop):
         turn = [handle for handle in self._ready if not handle._cancelled]
         self._ready.clear()
         self.chance.shuffle(turn)
-        late = self.chance.random
-        for handle in turn:
-            if late() < HELD_BACK:
-                self._ready.append(handle)
-            elif not handle._cancelled:
-                handle._run()
-                self.steps += 1
-                self.after_step()
+        try:
+            while turn:
+                handle = turn.pop()
+                if self.chance.random() < HELD_BACK:
+                    self._ready.append(handle)
+                elif not handle._cancelled:
+                    handle._run()
+                    self.steps += 1
+                    self.after_step()
+        finally:
+            self._ready.extend(turn)  # after a violation everything still has to be cleaned up
         if self.steps > self.max_steps:
             raise AssertionError(f"no end after {self.steps} steps, {self.now:.1f} s")
 

@@ -363,10 +363,18 @@ def run_seed(seed: int) -> int:
         assert not unexpected, f"the loop reports {unexpected}"
         return loop.steps
     finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.after_step = lambda: None
-        with contextlib.suppress(Exception):
-            loop.run_until_complete(asyncio.sleep(0.01))
-        asyncio.set_event_loop(None)
-        loop.close()
+        clean_up(loop)
+
+
+def clean_up(loop: SimLoop) -> None:
+    """After a violation there may be anything left."""
+    loop.after_step = lambda: None
+    loop.max_steps += 100_000
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    asyncio.set_event_loop(None)
+    loop.close()
