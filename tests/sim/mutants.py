@@ -17,7 +17,7 @@ from llorch.eventlog import EventLog
 from llorch.orchestrator import Orchestrator
 from llorch.pool import Pool
 from llorch.replica import Lease, Replica
-from llorch.task import Task
+from llorch.task import State, Task
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 MUTANTS: dict[str, Mutant] = {}
@@ -115,7 +115,8 @@ def runner_that_never_ran_keeps_its_lease(self: Pool, task: Task, lease: Lease, 
 
 @plant(Pool, "withdraw")
 def cancelled_entry_stays_in_the_queue(self: Pool, task: Task) -> None:
-    pass
+    if task.state is not State.CANCELLED:
+        _withdraw(self, task)
 
 
 @plant(Pool, "stop")
@@ -181,5 +182,5 @@ def place_is_given_back_twice(self: Reservation) -> None:
 _cancel, _seal, _resume = Task.cancel, EventLog.seal, EventLog.resume
 _close, _try_lease = Lease.close, Replica.try_lease
 _attempt, _admit, _submit = Pool._attempt, AdmissionQueue.admit, Orchestrator.submit
-_run = Pool._run
+_run, _withdraw = Pool._run, Pool.withdraw
 _check_readiness = Pool.check_readiness
