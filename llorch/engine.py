@@ -92,11 +92,16 @@ class Final(msgspec.Struct, frozen=True):
 class Chunk(msgspec.Struct, frozen=True):
     """All that one read from the engine held: texts of tokens, oldest first, and the end if it came.
 
-    A chunk without text and end is progress too: a token that is only part of a character.
+    `begun` marks the first of all: a slot has begun on the prompt, and there is no token yet. Any other chunk
+    without text is progress: a token that is only part of a character.
     """
 
     texts: list[str]
     final: Final | None = None
+    begun: bool = False
+
+
+BEGUN = Chunk([], begun=True)
 
 
 class Props(msgspec.Struct, frozen=True):
@@ -115,7 +120,7 @@ class Engine(Protocol):
     name: str
 
     def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
-        """Stream a generation; the last chunk has `final`. Closing the iterator closes the connection."""
+        """Stream a generation, from `BEGUN` to a `final`. Closing the iterator closes the connection."""
         ...
 
     async def tokenize(self, text: str) -> int:

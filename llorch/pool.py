@@ -350,6 +350,9 @@ class Pool:
                 lease.sent = True
                 async with contextlib.aclosing(self.engine.generate(generation)) as chunks:
                     async for chunk in chunks:
+                        lease.answered = True
+                        if chunk.begun:
+                            continue
                         if self._take(task, lease, chunk):
                             return None
                         self.replica.progress()
@@ -364,7 +367,6 @@ class Pool:
 
     def _take(self, task: Task, lease: Lease, chunk: Chunk) -> bool:
         """Hand a chunk to the task; True when the task has ended and the lease is closed."""
-        lease.answered = True
         for text in chunk.texts:
             task.token(text)
         if chunk.final is None:

@@ -271,7 +271,7 @@ class Task:
     def fail(self, error: Error, *, cause: str | None = None) -> bool:
         """QUEUED or RUNNING → FAILED, the log sealed with `error`; False if the task had ended.
 
-        A running engine is told to stop. `cause` is for the log, where the error's message may quote a prompt.
+        A running engine is told to stop. `cause` is for the log: the message of `error` may quote a prompt.
         """
         if State.FAILED not in TRANSITIONS[self.state]:
             return False

@@ -20,6 +20,7 @@ from yarl import URL
 
 from llorch.adapters.sse import EventTooLong, ServerEvent, SseParser
 from llorch.engine import (
+    BEGUN,
     Chunk,
     EngineBroken,
     EngineContextOverflow,
@@ -150,6 +151,7 @@ class LlamaCpp:
                 await _check_status(response)
                 if response.content_type != "text/event-stream" or "Content-Encoding" in response.headers:
                     raise EngineBroken(f"/completion answered with {response.content_type!r}")
+                yield BEGUN  # the engine sends its headers when a slot takes the prompt
                 parser = SseParser(MAX_EVENT_BYTES)
                 async for block in response.content.iter_any():
                     for chunk in _chunks(parser.feed(block)):

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from llorch.engine import (
+    BEGUN,
     Chunk,
     EngineBroken,
     EngineGone,
@@ -103,6 +104,7 @@ class SimEngine:
             self.sent.append(generation)
             await self._or_killed(run, self._pause(), answered=False)
             self._answer(run, fault)
+            yield BEGUN
             async for chunk in self._chunks(run, generation, fault):
                 if chunk.final is not None:
                     finished = True
