@@ -50,6 +50,7 @@ class Adapter(Section, frozen=True):
     slots: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = 1
     retries: Annotated[int, Meta(ge=0, le=100)] = 2
     drain_s: Seconds = 60.0
+    self_test: bool = True
 
 
 class Queue(Section, frozen=True):
@@ -193,7 +194,7 @@ def defaults() -> dict[str, Any]:
 def parse_address(text: str) -> Address:
     """`IP:port`, `[v6]:port` or `localhost:port`; raises ValueError that says what is wrong."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
         raise ValueError("expected IP:port, [v6]:port or localhost:port")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -219,7 +220,7 @@ def _read_file(path: Path, faults: list[str]) -> dict[str, Any]:
         faults.append(f"{path}: can't be read: {error.strerror}")
     except UnicodeDecodeError as error:
         faults.append(f"{path}: is not UTF-8 (byte {error.start})")
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: 5,000 digits, 5,000 brackets
         faults.append(f"{path}: is not valid TOML: {error}")
     return {}
 
@@ -270,7 +271,12 @@ def _explain(error: msgspec.ValidationError) -> str:
 
 
 def _show(name: str, value: Any) -> str:
-    return "(hidden)" if name in SECRET_KEYS else repr(value)[:60]
+    if any(f"{key}.".startswith(f"{name}.") for key in SECRET_KEYS):  # or a table that has one
+        return "(hidden)"
+    try:
+        return repr(value)[:60]
+    except ValueError:
+        return "an integer of over 4300 digits"
 
 
 # -- environment and command line -----------------------------------------------------------------
@@ -296,6 +302,9 @@ def _override(config: Config, source: str, key: str, raw: Any, faults: list[str]
         value = msgspec.convert(raw, hint, strict=False)
     except msgspec.ValidationError as error:
         faults.append(f"{source}: {_explain(error)}, got {_show(key, raw)}")
+        return config
+    except UnicodeEncodeError:  # bytes of the environment that are not UTF-8
+        faults.append(f"{source}: is not text, got {_show(key, raw)}")
         return config
     table, _, name = key.rpartition(".")
     if not table:
@@ -332,6 +341,8 @@ def _read_secret(key: str, path: Path, faults: list[str]) -> str | None:
         faults.append(f"{key}: {path} can't be read: {error.strerror}")
     except UnicodeDecodeError:
         faults.append(f"{key}: {path} is not text")
+    except ValueError:
+        faults.append(f"{key}: not the name of a file, got {str(path)!r}")
     else:
         if mode & 0o077:
             faults.append(f"{key}: others can read {path} (mode {mode:04o}): chmod 600 {path}")
@@ -394,7 +405,8 @@ def _check_endpoint(endpoint: str, faults: list[str]) -> None:
     except ValueError:
         good = False
     if not good:
-        faults.append(f"adapter.endpoint: expected http://host:port and nothing more, got {endpoint!r}")
+        shown = "(hidden)" if "@" in endpoint else repr(endpoint)  # it may have a password
+        faults.append(f"adapter.endpoint: expected http://host:port and nothing more, got {shown}")
 
 
 def _is_host_name(text: str) -> bool:

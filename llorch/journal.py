@@ -57,10 +57,10 @@ def readiness_changed(pool: Pool, replica: Replica) -> None:
     """Write down that a replica can take tasks, or no longer can, and why."""
     fields = {"pool_id": pool.pool_id, "replica_id": replica.replica_id, **pool.log_fields()}
     if replica.ready:
-        message = (
-            f"replica {replica.replica_id} is ready: {replica.slots} slots, {pool.ctx} tokens of context"
-        )
-        log.info("%s", message, extra={"event": "ready", **fields})
+        level = logging.WARNING if replica.self_test_fault else logging.INFO
+        what = f"{replica.slots} slots, {pool.ctx} tokens of context, determinism {replica.determinism}"
+        message = f"replica {replica.replica_id} is ready: {replica.self_test_fault or what}"
+        log.log(level, "%s", message, extra={"event": "ready", "determinism": replica.determinism, **fields})
     else:
         reason = replica.stuck or replica.last_error or replica.health.value
         message = f"replica {replica.replica_id} is not ready: {reason}"

@@ -83,11 +83,13 @@ class Orchestrator:
     async def _submit(
         self, pool: Pool, request: TaskRequest, correlation_id: str | None, identity: str | None
     ) -> Task:
+        pool.check_determinism(request)
         pool.check_readiness()
         reservation = pool.reserve(request.size_bytes)
         try:
             prompt, max_tokens = await pool.fit(request, reservation)
-            pool.check_readiness()  # the world may have changed while the engine was asked
+            pool.check_determinism(request)  # the world may have changed while the engine was asked
+            pool.check_readiness()
             task = Task(
                 secrets.token_hex(16),
                 request,

@@ -10,7 +10,7 @@ import functools
 import logging
 import random
 from collections.abc import Callable
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -20,6 +20,8 @@ from llorch.engine import (
     Engine,
     EngineBroken,
     EngineFailure,
+    EngineGone,
+    EngineLoading,
     EngineMisconfigured,
     EngineRefused,
     EngineStalled,
@@ -28,6 +30,7 @@ from llorch.engine import (
 from llorch.errors import (
     BodyTooLarge,
     ContextOverflow,
+    DeterminismUnavailable,
     InvalidParams,
     LlorchError,
     PoolUnavailable,
@@ -36,13 +39,15 @@ from llorch.errors import (
 )
 from llorch.estimate import ServiceEstimate
 from llorch.events import Error
-from llorch.replica import Health, Lease, Replica
+from llorch.replica import Health, Lease, Replica, SelfTest
+from llorch.selftest import CURE, Determinism
 from llorch.task import SAMPLER_PROFILE_VERSION, Task, TaskRequest
 
 log = logging.getLogger("llorch.pool")
 
 TEMPLATE_SLACK_TOKENS = 8
 RETRY_JITTER_S = (0.05, 0.25)
+NOT_DETERMINISTIC = "this engine gave the same seed two different texts"
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,7 +106,7 @@ class PoolHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots: SlotCounts
     queue: QueueCounts
     replicas: list[ReplicaHealth]
-    determinism: Literal["verified", "failed", "unknown"]
+    determinism: Determinism
     sampler_profile_version: str
     last_error: str | None = None
     accelerator: str
@@ -119,6 +124,7 @@ class Pool:
         slots: int | None,
         drain_s: float,
         on_readiness: Callable[["Pool", Replica], None],
+        self_test: SelfTest | None = None,
         chance: random.Random | None = None,
     ) -> None:
         self.pool_id = pool_id
@@ -132,11 +138,13 @@ class Pool:
             slots=slots,
             drain_s=drain_s,
             on_change=self._replica_changed,
+            self_test=self_test,
             chance=chance,
         )
         self.stopping = False
+        self._dispatching = False
         self._on_readiness = on_readiness
-        self._said_readiness: tuple[bool, str | None] | None = None
+        self._said_readiness: tuple[bool, str, str | None] | None = None
         self._chance = chance or random.Random()
         self._running: dict[asyncio.Task[None], Task] = {}
 
@@ -155,7 +163,7 @@ class Pool:
     def health(self) -> PoolHealth:
         """What there is to know now."""
         replica, props = self.replica, self.replica.props
-        last_error = replica.stuck or replica.last_error
+        last_error = replica.stuck or replica.last_error or replica.self_test_fault
         return PoolHealth(
             pool_id=self.pool_id,
             live=replica.live,
@@ -177,7 +185,7 @@ class Pool:
                     last_error=last_error,
                 )
             ],
-            determinism="unknown",
+            determinism=replica.determinism,
             sampler_profile_version=SAMPLER_PROFILE_VERSION,
             last_error=last_error,
             accelerator=self.settings.accelerator,
@@ -194,6 +202,11 @@ class Pool:
             raise self._refusal(PoolUnready, f"pool {self.pool_id} is not ready: {replica.health.value}")
         reason = replica.stuck or replica.last_error or replica.health.value
         raise self._refusal(PoolUnavailable, f"pool {self.pool_id} is unavailable: {reason}")
+
+    def check_determinism(self, request: TaskRequest) -> None:
+        """Raise DeterminismUnavailable for a strict task that this engine can't keep the promise for."""
+        if request.determinism == "strict" and self.replica.determinism == "failed":
+            raise DeterminismUnavailable(NOT_DETERMINISTIC, engine=self.engine.name, hint=CURE)
 
     def reserve(self, size_bytes: int) -> Reservation:
         """Hold a place for a prompt of `size_bytes`; raises QueueFull, BodyTooLarge if it can never fit."""
@@ -280,18 +293,36 @@ class Pool:
 
     def dispatch(self) -> None:
         """While the head of the queue can go, start it. Plain; safe to call at any time."""
-        while not self.stopping and (task := self.queue.head) is not None:
-            lease = self.replica.try_lease(exclusive=task.strict)
-            if lease is None:
-                return
-            self.queue.remove(task)
-            if not task.start(lease):
-                lease.close(clean=True)
-                continue
-            runner = asyncio.create_task(self._run(task, lease), name=f"run-{task.id[:8]}")
-            lease.runner = runner
-            self._running[runner] = task
-            runner.add_done_callback(functools.partial(self._ran, task, lease))
+        if self._dispatching:
+            return  # what is under way looks again
+        self._dispatching = True
+        try:
+            if self.queue.waiting_strict and self.replica.determinism == "failed":
+                self._fail_strict()
+            while not self.stopping and (head := self.queue.head) is not None and self._start(head):
+                pass
+        finally:
+            self._dispatching = False
+
+    def _fail_strict(self) -> None:
+        error = Error("DETERMINISM_UNAVAILABLE", False, message=f"{NOT_DETERMINISTIC}: {CURE}")
+        for task in [task for task in self.queue if task.strict]:
+            task.fail(error)
+
+    def _start(self, task: Task) -> bool:
+        """Start the head of the queue; False if it has to wait."""
+        lease = self.replica.try_lease(exclusive=task.strict)
+        if lease is None:
+            return False
+        self.queue.remove(task)
+        if not task.start(lease):
+            lease.close(clean=True)
+            return True
+        runner = asyncio.create_task(self._run(task, lease), name=f"run-{task.id[:8]}")
+        lease.runner = runner
+        self._running[runner] = task
+        runner.add_done_callback(functools.partial(self._ran, task, lease))
+        return True
 
     def withdraw(self, task: Task) -> None:
         """Take an ended task out of the queue if it stands there, and let the next go."""
@@ -299,7 +330,8 @@ class Pool:
             self.dispatch()
 
     def _replica_changed(self, replica: Replica) -> None:
-        said = (replica.ready, None if replica.ready else replica.stuck or replica.last_error)
+        fault = replica.self_test_fault if replica.ready else replica.stuck or replica.last_error
+        said = (replica.ready, replica.determinism, fault)
         if said != self._said_readiness:
             self._said_readiness = said
             self._on_readiness(self, replica)
@@ -332,7 +364,10 @@ class Pool:
                 failure.summary,
                 extra={"event": "retry", **task.log_fields()},
             )
-            self.replica.suspect(failure.summary)
+            if isinstance(failure, EngineGone | EngineLoading):
+                self.replica.suspect_restart(failure.summary)
+            else:
+                self.replica.suspect(failure.summary)
             if not retries_left or not await self._wait_to_retry(lease, failure, started):
                 break
             retries_left -= 1
@@ -447,5 +482,5 @@ class Pool:
         for task in list(self._running.values()):
             task.fail(Error("WORKER_RESET", True, self.settings.default_retry_after_ms, "llorch is stopping"))
         await self.finished()
-        self.replica.stop()
+        await self.replica.close()
         await self.engine.close()

@@ -7,9 +7,10 @@ The one rule: a slot is held by a lease from the start of a task until the engin
 import asyncio
 import contextlib
 import enum
+import functools
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from llorch.engine import (
     Engine,
@@ -21,6 +22,7 @@ from llorch.engine import (
     EngineStalled,
     Props,
 )
+from llorch.selftest import Determinism, Verdict
 
 log = logging.getLogger("llorch.replica")
 
@@ -29,6 +31,9 @@ LOADING_POLL_S = (0.25, 2.0)
 BREAKER_FAILURES = 5
 BREAKER_POLL_S = 10.0
 DRAIN_POLL_S = 0.1
+SELF_TEST_S = 30.0
+
+SelfTest = Callable[[Engine, int], Awaitable[Verdict]]
 
 
 class Health(enum.Enum):
@@ -96,6 +101,7 @@ class Replica:
         slots: int | None,
         drain_s: float,
         on_change: Callable[["Replica"], None],
+        self_test: SelfTest | None = None,
         chance: random.Random | None = None,
     ) -> None:
         self.replica_id = replica_id
@@ -110,6 +116,11 @@ class Replica:
         self.model_digest: str | None = None
         self.leases: set[Lease] = set()
         self.stuck: str | None = None
+        self.determinism: Determinism = "unknown"
+        self.self_test_fault: str | None = None
+        self._self_test = self_test
+        self._untested = True
+        self._examination: asyncio.Task[Verdict] | None = None
         self._suspect: str | None = None
         self._doubts = 0
         self._chance = chance or random.Random()
@@ -179,6 +190,7 @@ class Replica:
 
     def _release(self, lease: Lease) -> None:
         self.leases.discard(lease)
+        self._test_if_due()
         self.on_change(self)
 
     # -- readiness ----------------------------------------------------------------------------
@@ -214,11 +226,14 @@ class Replica:
             self.live = True
         except EngineLoading as failure:
             health, error, self.live = Health.LOADING, str(failure), True
+            self._may_have_restarted()
         except EngineMisconfigured as failure:
             health, error, self.live = Health.MISCONFIGURED, f"misconfigured: {failure}", True
         except EngineFailure as failure:
             health, error = Health.FAILED, str(failure)
             self.live = not isinstance(failure, EngineRefused | EngineStalled)
+            if isinstance(failure, EngineGone):
+                self._may_have_restarted()
         before = self.dispatchable, self.health, self.props
         if health is Health.READY and props is not None:
             self._adopt(props)
@@ -226,6 +241,7 @@ class Replica:
         self.health, self.last_error = health, error
         if self._doubts == doubts:  # else something broke while we looked: look again
             self._suspect = None
+        self._test_if_due()
         if (self.dispatchable, self.health, self.props) != before:
             self.on_change(self)
         async with self._probed:
@@ -234,6 +250,7 @@ class Replica:
     def _adopt(self, props: Props) -> None:
         if props != self.props:
             self.model_digest = None
+            self._may_have_restarted()
         if self.model_digest is None or not self.ready:
             self._start_reading_digest(props.model_path)
         self.props = props
@@ -269,6 +286,55 @@ class Replica:
     def _progressing(self) -> bool:
         now = asyncio.get_running_loop().time()
         return self.ready and self._last_progress is not None and now - self._last_progress < PROBE_INTERVAL_S
+
+    # -- self-test ----------------------------------------------------------------------------
+
+    def suspect_restart(self, reason: str) -> None:
+        """The engine was gone or loading: like `suspect`, and what its self-test showed holds no more."""
+        self._may_have_restarted()
+        self.suspect(reason)
+
+    def _may_have_restarted(self) -> None:
+        self._untested = True
+        self.determinism, self.self_test_fault = "unknown", None
+
+    def _test_if_due(self) -> None:
+        """Take the idle replica for its self-test before anybody else does."""
+        if self._self_test is None or not self._untested or not self.dispatchable or self.leases:
+            return
+        self._untested = False
+        lease = Lease(self, exclusive=True)
+        lease.sent = True
+        self.leases.add(lease)
+        examination = asyncio.create_task(self._examine(self._self_test, lease), name="self-test")
+        examination.add_done_callback(functools.partial(self._examined, lease))
+        self._examination = examination
+
+    async def _examine(self, self_test: SelfTest, lease: Lease) -> Verdict:
+        try:
+            async with asyncio.timeout(SELF_TEST_S):
+                verdict = await self_test(self.engine, self.slots)
+        except EngineFailure as failure:
+            self.suspect(failure.summary)
+            return Verdict("unknown", f"self-test: {failure.summary}")
+        except TimeoutError:
+            return Verdict("unknown", f"self-test: not done within {SELF_TEST_S:g} s")
+        lease.sent = False  # it waited for everything it had sent
+        return verdict
+
+    def _examined(self, lease: Lease, examination: asyncio.Task[Verdict]) -> None:
+        """The last word on a self-test, however it ended."""
+        self._examination = None
+        verdict = Verdict("unknown", "self-test: not finished")
+        if not examination.cancelled():
+            if (bug := examination.exception()) is None:
+                verdict = examination.result()
+            else:
+                log.error("a bug ended the self-test", exc_info=bug, extra={"event": "bug"})
+        if not self._untested:  # else it may be another engine by now
+            self.determinism, self.self_test_fault = verdict.determinism, verdict.fault
+        lease.close(clean=not lease.sent)
+        self.on_change(self)
 
     # -- draining -----------------------------------------------------------------------------
 
@@ -333,7 +399,11 @@ class Replica:
             self.stuck = reason
             self.on_change(self)
 
-    def stop(self) -> None:
-        """Forget every background look; called once the engine is no longer used."""
+    async def close(self) -> None:
+        """End every background look; called once no task uses the engine."""
+        self._self_test = None  # no new one
         if self._digest_task is not None:
             self._digest_task.cancel()
+        while (examination := self._examination) is not None:
+            examination.cancel()
+            await asyncio.wait({examination})

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from llorch import __version__, gpu, journal, logs, sdnotify
+from llorch import __version__, gpu, journal, logs, sdnotify, selftest
 from llorch.adapters.llamacpp import LlamaCpp
 from llorch.api import ApiSettings, make_app
 from llorch.config import SECRET_KEYS, Address, Config, parse_address
@@ -130,6 +130,7 @@ def _pool(config: Config, accelerator: str) -> Pool:
         slots=None if adapter.slots == "auto" else adapter.slots,
         drain_s=adapter.drain_s,
         on_readiness=journal.readiness_changed,
+        self_test=selftest.examine if adapter.self_test else None,
     )
 
 

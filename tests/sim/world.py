@@ -14,6 +14,7 @@ import msgspec
 from llorch.errors import LlorchError
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.pool import Pool, PoolSettings
+from llorch.selftest import examine
 from llorch.task import Message, Sampling, State, Task, TaskRequest
 from tests.sim.engine import CTX, SimEngine
 from tests.sim.loop import SimLoop
@@ -39,7 +40,7 @@ class World:
         """From the first probe to the last lease."""
         chance = self.chance
         self.engine = SimEngine(
-            self.loop.chance, chance.choice((1, 1, 2, 3)), chance.choice((0.0, 0.0, 0.1, 0.3))
+            self.loop.chance, chance.choice((1, 2, 2, 3)), chance.choice((0.0, 0.0, 0.05, 0.3))
         )
         self.pool = Pool(
             "default",
@@ -48,6 +49,7 @@ class World:
             slots=chance.choice((None, 2, 2)),
             drain_s=chance.choice((0.3, 60.0)),
             on_readiness=lambda pool, replica: None,
+            self_test=chance.choice((None, examine)),
             chance=self.loop.chance,
         )
         self.orchestrator = Orchestrator([self.pool], stream_settings(chance), tickets=False)
@@ -56,13 +58,15 @@ class World:
         work = asyncio.create_task(self.orchestrator.run(), name="work")
         await self.orchestrator.first_probe(2.0)
         clients = [
-            asyncio.create_task(self._client(n), name=f"client-{n}") for n in range(chance.randint(2, 8))
+            asyncio.create_task(self._client(n), name=f"client-{n}") for n in range(chance.randint(2, 9))
         ]
         weather = asyncio.create_task(self._weather(), name="weather")
-        if chance.random() < 0.25:
-            await asyncio.sleep(chance.choice((0.0, 0.01, 0.2, 1.0)))
+        if chance.random() < 0.2:
+            await asyncio.sleep(chance.choice((0.01, 0.2, 1.0)))
         else:
             await asyncio.wait(clients)
+            if chance.random() < 0.7:
+                await self._readers_leave()
         await self._stop()
         weather.cancel()
         await asyncio.wait(clients)
@@ -95,7 +99,7 @@ class World:
 
     async def _weather(self) -> None:
         """The engine dies and comes back."""
-        for _ in range(self.chance.choice((0, 0, 0, 1, 2))):
+        for _ in range(self.chance.choice((0, 0, 0, 0, 1, 2))):
             await asyncio.sleep(self.chance.choice((0.0, 0.02, 0.3, 2.0)))
             self.engine.kill()
             await asyncio.sleep(self.chance.choice((0.0, 0.2, 3.0)))
@@ -104,7 +108,7 @@ class World:
             self.engine.come_up()
 
     async def _client(self, number: int) -> None:
-        await asyncio.sleep(self.chance.choice((0.0, 0.0, 0.0, 0.001, 0.05, 0.5)))
+        await asyncio.sleep(self.chance.choice((0.0, 0.0, 0.001, 0.05, 0.2, 0.5)))
         request = request_of(number, self.chance)
         submit = asyncio.create_task(self.orchestrator.submit(request), name=f"submit-{number}")
         if self.chance.random() < 0.15:  # a client that leaves while its request is looked at
@@ -212,6 +216,8 @@ class World:
             self.admitted.append(task)
         elif task.state is State.RUNNING:
             self.starts.append(task)
+            if task.strict and pool.replica.determinism == "failed":
+                self.violations.append("a strict task was started after a failed self-test")
         if self.stopped and task.state in (State.QUEUED, State.RUNNING):
             self.violations.append("a task was admitted or started after the stop")
 
@@ -258,6 +264,8 @@ class World:
         assert all(lease.draining and lease.closed for lease in replica.leases), "a lease is still at work"
         by_name = {name_of(task): task for task in self.admitted}
         for generation in engine.sent:
+            if "|" not in generation.prompt:
+                continue  # the self-test's
             task = by_name.get(generation.prompt.split("|")[0])
             assert task is not None, "a refused request reached the engine"
             assert task.id not in never_started, "a task that never started reached the engine"
@@ -300,7 +308,7 @@ def stream_settings(chance: random.Random) -> StreamSettings:
 def request_of(number: int, chance: random.Random) -> TaskRequest:
     """A request whose prompt begins with `number|`; some need the engine to count their tokens."""
     prompt = f"{number}|" + "x" * chance.choice((0, 0, 0, 0, CTX - 10, CTX))
-    strict = chance.random() < 0.3
+    strict = chance.random() < 0.2
     as_messages = chance.random() < 0.3
     return TaskRequest(
         prompt=None if as_messages else prompt,
