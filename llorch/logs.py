@@ -10,6 +10,7 @@ import logging.handlers
 import queue
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -22,9 +23,11 @@ _MAX_FIELD_CHARS = 256
 _MAX_MSG_CHARS = 600
 _MAX_TRACEBACK_CHARS = 900
 _BACKLOG_LINES = 10_000
-_SECRET = re.compile(
-    r"(?i)(\bbearer\s+|\bauthorization\b\W{1,4}|\bx-api-key\b\W{1,4}|\bticket=)(?!\[redacted\])[^\s\"',;&]+"
+_LAST_LINES_S = 0.5
+_HEADER = re.compile(  # as text, JSON, or Python's repr: the whole value, whatever the scheme
+    r"(?i)(\b(?:authorization|x-api-key)\b['\"\\]*\s*[:=,]\s*(?:b?['\"\\]+)?)[^\r\n'\"]+"
 )
+_SECRET = re.compile(r"(?i)(\bbearer\s+|\bticket=)[^\s\"',;&]+")
 _QUERY = re.compile(r"(?<=[\w/])\?[\w%.~-]+=[^\s\"']*")
 _KNOWN = frozenset(RESERVED_ATTRS) | {"event", "message", "asctime", "taskName"}
 
@@ -39,7 +42,9 @@ class Redactor:
         """`text` with `[redacted]` in the place of each secret."""
         for secret in self._secrets:
             text = text.replace(secret, "[redacted]")
-        return _QUERY.sub("?[redacted]", _SECRET.sub(r"\1[redacted]", text))
+        for credentials in (_HEADER, _SECRET):
+            text = credentials.sub(r"\1[redacted]", text)
+        return _QUERY.sub("?[redacted]", text)
 
 
 class JsonLines(logging.Formatter):
@@ -50,27 +55,30 @@ class JsonLines(logging.Formatter):
         self._redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its newline, at most 2 KiB."""
-        line = self._line(record, _MAX_MSG_CHARS, _MAX_TRACEBACK_CHARS)
-        if len(line) > MAX_LINE_BYTES:
-            line = self._line(record, 120, 200)
+        """The line, without its newline, at most 2 KiB: the longest texts give way."""
+        entry = self._entry(record)
+        while len(line := msgspec.json.encode(entry)) > MAX_LINE_BYTES:
+            texts = {name: text for name, text in entry.items() if isinstance(text, str)}
+            longest = max(texts, key=lambda name: len(msgspec.json.encode(texts[name])))
+            entry[longest] = texts[longest][: len(texts[longest]) // 2]
         return line.decode()
 
-    def _line(self, record: logging.LogRecord, msg_chars: int, traceback_chars: int) -> bytes:
-        fields = _fields(record)
-        for name, value in fields.items():
-            if isinstance(value, str):
-                fields[name] = self._redact(value)[:_MAX_FIELD_CHARS]
+    def _entry(self, record: logging.LogRecord) -> dict[str, Any]:
         entry = {
             "ts": timestamp(datetime.datetime.fromtimestamp(record.created, datetime.UTC)),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", record.name.rpartition(".")[2]),
-            "msg": self._redact(_message(record))[:msg_chars],
-            **fields,
+            "msg": self._text(_message(record), _MAX_MSG_CHARS),
         }
+        for name, value in _fields(record).items():
+            entry[name] = self._text(value, _MAX_FIELD_CHARS) if isinstance(value, str) else value
         if record.exc_info and record.exc_info[1] is not None:
-            entry["traceback"] = self._redact(_where(record.exc_info[1]))[-traceback_chars:]
-        return msgspec.json.encode(entry)
+            entry["traceback"] = self._text(_where(record.exc_info[1]), _MAX_TRACEBACK_CHARS)
+        return entry
+
+    def _text(self, text: str, chars: int) -> str:
+        """`text` as JSON can carry it: lone surrogates have no UTF-8."""
+        return self._redact(text)[:chars].encode("utf-8", "backslashreplace").decode()
 
 
 class TextLines(logging.Formatter):
@@ -133,26 +141,52 @@ class _Lossy(logging.handlers.QueueHandler):
             self.dropped += 1
 
 
-class _Quiet(logging.StreamHandler[TextIO]):
-    """Writes lines, and says nothing when it can't: there is nobody to say it to."""
+class Writer(threading.Thread):
+    """Writes the lines, and says nothing when it can't: there is nobody to say it to.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
+    Not a `logging.Handler`: `logging` waits at exit for each of those, and this one may stand still.
+    """
+
+    def __init__(
+        self, backlog: "queue.Queue[logging.LogRecord | None]", formatter: logging.Formatter, stream: TextIO
+    ) -> None:
+        super().__init__(name="log", daemon=True)
+        self._backlog = backlog
+        self._formatter = formatter
+        self._stream = stream
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while (record := self._backlog.get()) is not None:
+            try:
+                self._stream.write(self._formatter.format(record) + "\n")
+                self._stream.flush()
+            except Exception:
+                pass
+
+    def stop(self) -> None:
+        """Write what is left, for a moment: a stdout that stands still keeps no process alive."""
+        try:
+            self._backlog.put(None, timeout=_LAST_LINES_S)
+        except queue.Full:
+            return
+        self.join(_LAST_LINES_S)
 
 
-def start(
-    *, text: bool, level: str, secrets: Iterable[str], stream: TextIO | None = None
-) -> logging.handlers.QueueListener:
+def _stdout() -> TextIO:
+    """Stdout as a file of our own: at exit Python flushes its own, and dies if a thread writes to it."""
+    return open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
+
+
+def start(*, text: bool, level: str, secrets: Iterable[str], stream: TextIO | None = None) -> Writer:
     """Send every log record of this process to `stream` (stdout); call `stop()` on what comes back."""
     redact = Redactor(secrets)
-    writer = _Quiet(stream or sys.stdout)
-    writer.setFormatter(TextLines(redact) if text else JsonLines(redact))
-    backlog: queue.Queue[logging.LogRecord] = queue.Queue(_BACKLOG_LINES)
+    backlog: queue.Queue[logging.LogRecord | None] = queue.Queue(_BACKLOG_LINES)
+    writer = Writer(backlog, TextLines(redact) if text else JsonLines(redact), stream or _stdout())
     root = logging.getLogger()
     root.handlers = [_Lossy(backlog)]
     root.setLevel(level.upper())
     for name in ("asyncio", "aiohttp"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-    listener = logging.handlers.QueueListener(backlog, writer)
-    listener.start()
-    return listener
+    writer.start()
+    return writer

@@ -1,0 +1,45 @@
+"""Fixtures that more than one module needs: the fake engine, and the real one."""
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import FakeLlamaServer
+
+ROOT = Path(__file__).parent.parent
+REAL_SLOTS = 4
+REAL_CTX = 2048
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--sim-seeds N`: how many seeds the simulation plays."""
+    parser.addoption("--sim-seeds", type=int, default=2000, help="seeds for tests/sim (default 2000)")
+
+
+@pytest.fixture
+async def fake_engine() -> AsyncIterator[FakeLlamaServer]:
+    """A fake llama-server with two slots of 4096 tokens, listening."""
+    async with FakeLlamaServer() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[str]:
+    """The URL of a real llama.cpp server with a 135M model, a process of its own."""
+    command = [sys.executable, "scripts/embedded_engine.py", "--port", "0"]
+    command += ["--slots", str(REAL_SLOTS), "--ctx", str(REAL_CTX)]
+    env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # or its threads spin, and crawl once a core is shared
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()  # once it has loaded the model
+            assert " listens on " in said, "the real engine did not start"
+            yield said.split(" listens on ")[1].strip()
+        finally:
+            process.kill()

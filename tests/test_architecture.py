@@ -1,0 +1,57 @@
+"""The order of the rooms: a module imports only what stands above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import llorch
+
+ROOT = Path(llorch.__file__).parent
+ROOMS = """
+    __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest replica
+    pool orchestrator adapters.sse adapters.llamacpp gpu logs sdnotify security wire api journal server cli
+    __main__
+"""  # from the core outwards
+ORDER = ROOMS.split()
+CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+BLIND = {  # what a module knows nothing of, though the order alone would allow it
+    **{module: {"aiohttp"} for module in CORE},
+    **{module: {"asyncio", "aiohttp"} for module in ("errors", "events", "task", "estimate")},
+    "admission": {"aiohttp", "engine"},
+    "replica": {"aiohttp", "admission"},
+    "adapters.llamacpp": {"pool", "replica", "admission", "orchestrator"},
+    "security": {"aiohttp", "orchestrator", "pool", "task"},
+    "api": {"admission", "engine", "pool", "replica"},
+    "journal": {"aiohttp", "api", "orchestrator"},
+}
+ISLANDS = {"errors", "events", "config", "estimate", "adapters.sse", "gpu", "logs", "sdnotify"}  # import none
+
+
+def imports(module: str) -> set[str]:
+    """What a module imports, ours without the package's name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            source = node.module or ""
+            found |= {source, *(f"{source}.{name.name}" for name in node.names)}
+    return {name.removeprefix("llorch.") for name in found}
+
+
+def test_every_module_has_its_place() -> None:
+    """A new module is put into the order before it is used."""
+    assert not set(MODULES) - set(ORDER)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_knows_only_what_is_above_it(module: str) -> None:
+    """No import points down, and nobody but server and cli reads the configuration."""
+    ours = imports(module) & set(ORDER)
+    assert all(ORDER.index(name) < ORDER.index(module) for name in ours)
+    assert not imports(module) & BLIND.get(module, set())
+    assert "config" not in ours or module in ("server", "cli")
+    assert not ours or module not in ISLANDS
