@@ -15,7 +15,8 @@ from itertools import islice
 import msgspec
 
 from llorch.errors import LlorchError, TaskNotFound, TooManyStreams, UnknownPool
-from llorch.pool import Pool, PoolHealth
+from llorch.health import PoolHealth
+from llorch.pool import Pool
 from llorch.task import State, Task, TaskRequest
 
 log = logging.getLogger("llorch.orchestrator")

@@ -39,8 +39,9 @@ from llorch.errors import (
 )
 from llorch.estimate import ServiceEstimate
 from llorch.events import Error
+from llorch.health import PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
 from llorch.replica import Health, Lease, Replica, SelfTest
-from llorch.selftest import CURE, Determinism
+from llorch.selftest import CURE
 from llorch.task import SAMPLER_PROFILE_VERSION, Task, TaskRequest
 
 log = logging.getLogger("llorch.pool")
@@ -65,51 +66,6 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float
     wall_s: float
     accelerator: str = "unknown"
-
-
-class SlotCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Slots in force, those at work, and those the engine has not let go of yet."""
-
-    total: int
-    busy: int
-    draining: int
-
-
-class QueueCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Waiting tasks, how many may wait, and the bytes of their prompts."""
-
-    depth: int
-    capacity: int
-    bytes: int
-
-
-class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One engine endpoint."""
-
-    replica_id: str
-    ready: bool
-    slots: int
-    last_error: str | None = None
-
-
-class PoolHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a pool is [MVP-041]; `live`: the engine's HTTP answers; `ctx` in tokens, null until known."""
-
-    pool_id: str
-    live: bool
-    ready: bool
-    engine: str
-    engine_version: str | None = None
-    model: str | None = None
-    model_digest: str | None = None
-    ctx: int | None
-    slots: SlotCounts
-    queue: QueueCounts
-    replicas: list[ReplicaHealth]
-    determinism: Determinism
-    sampler_profile_version: str
-    last_error: str | None = None
-    accelerator: str
 
 
 class Pool:
