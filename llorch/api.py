@@ -299,6 +299,8 @@ async def _expect_no_body(request: web.Request) -> None:
     content_type = request.headers.get("Content-Type", "application/octet-stream")
     if content_type != "application/octet-stream" or "Content-Encoding" in request.headers:
         raise UnsupportedMediaType("this route takes no body and no Content-Type")
+    if request.content_length:
+        raise UnsupportedMediaType("this route takes no body")
     if request.body_exists:
         try:
             await _bounded(request, 0, request.app[SETTINGS].body_timeout_s)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import secrets
 import sys
@@ -18,6 +19,7 @@ from llorch.server import EXIT_CONFIG, StartError, serve
 
 DEFAULT_CONFIG = Path("config.toml")
 CONFIG_VARIABLE = "LLORCH_CONFIG"
+EXIT_INTERRUPTED = 130
 _FLAGS = {
     "bind_addr": "where to listen, as IP:port",
     "profile": "mvp or home",
@@ -35,6 +37,8 @@ class UsageError(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (a bug), 69 (port taken), 78 (configuration, no GPU)."""
     options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be no text
     try:
         exit_code: int = options.run(options)
     except ConfigError as error:
@@ -46,13 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         _complain(str(error))
         exit_code = EXIT_CONFIG
+    except KeyboardInterrupt:
+        exit_code = EXIT_INTERRUPTED
     _flush()
     return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llorch", description="An LLM orchestrator for one GPU workstation."
+        prog="llorch", description="An LLM orchestrator for one GPU workstation.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"llorch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -90,7 +96,7 @@ def _config_file(options: argparse.Namespace) -> Path | None:
         return Path(options.config)
     if named := os.environ.get(CONFIG_VARIABLE):
         return Path(named)
-    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    return DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None  # Path.exists raises for some places
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -103,9 +109,9 @@ def _check_config(options: argparse.Namespace) -> int:
     path = _config_file(options)
     config = load(path, os.environ)
     if options.print:
-        print(tomli_w.dumps(_shown(config)), end="")
+        _say(tomli_w.dumps(_shown(config)).rstrip("\n"))
     else:
-        print(f"{path or 'the built-in configuration'}: good")
+        _say(f"{path or 'the built-in configuration'}: good")
     return 0
 
 
@@ -121,28 +127,37 @@ def _init(options: argparse.Namespace) -> int:
     template = resources.files("llorch").joinpath("config.template.toml").read_text("utf-8")
     text = template.replace('token = ""', f'token = "{secrets.token_urlsafe(32)}"', 1)
     _write_private(options.path, text, overwrite=options.force)
-    print(f"wrote {options.path}, readable by you alone, with a fresh token in it")
-    print(f"next: look through it, then: llorch serve --config {options.path}")
+    _say(f"wrote {options.path}, readable by you alone, with a fresh token in it")
+    _say(f"next: look through it, then: llorch serve --config {options.path}")
     return 0
 
 
 def _write_private(path: Path, text: str, *, overwrite: bool) -> None:
     """Write a file that only its owner may read, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    draft = path.parent / f".{path.name}.{secrets.token_hex(4)}" if overwrite else path
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        if overwrite:
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
             os.replace(draft, path)
-        else:
-            os.link(draft, path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
     except FileExistsError:
         raise UsageError(f"{path} is there already: choose another path, or say --force") from None
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def _say(text: str) -> None:
+    """Print `text`; a reader that has left is no fault. Raises UsageError where stdout is full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise UsageError(f"stdout can't be written: {error.strerror}") from None
 
 
 def _complain(*lines: str) -> None:
@@ -151,9 +166,11 @@ def _complain(*lines: str) -> None:
 
 
 def _flush() -> None:
-    """Write out what is buffered; where stdout is gone there is nobody to tell."""
+    """Write out what is buffered; where stdout is gone there is nobody to tell, at exit either."""
+    if sys.stdout is None:
+        return
     with contextlib.suppress(OSError, ValueError):
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

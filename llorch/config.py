@@ -19,6 +19,7 @@ from msgspec import Meta
 from yarl import URL
 
 ENV_PREFIX = "LLORCH_"
+NOT_KEYS = {"LLORCH_CONFIG", "LLORCH_URL"}
 MIN_TOKEN_CHARS = 16
 
 Seconds = Annotated[float, Meta(gt=0, le=365 * 24 * 3600)]
@@ -285,6 +286,17 @@ def _show(name: str, value: Any) -> str:
 def env_name(key: str) -> str:
     """The environment variable of a dotted key."""
     return ENV_PREFIX + key.replace(".", "_").upper()
+
+
+def unknown_variables(env: Mapping[str, str]) -> list[str]:
+    """A line for each `LLORCH_…` variable that names no key, with the nearest that does."""
+    known = {env_name(key) for key in _keys()} | NOT_KEYS
+    lines = []
+    for name in sorted(env):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            lines.append(f"{name[:80]}: no such key" + (f", did you mean {near[0]}?" if near else ""))
+    return lines
 
 
 def _overrides(env: Mapping[str, str], flags: Mapping[str, Any]) -> list[tuple[str, str, Any]]:

@@ -173,16 +173,11 @@ class Writer(threading.Thread):
         self.join(_LAST_LINES_S)
 
 
-def _stdout() -> TextIO:
-    """Stdout as a file of our own: at exit Python flushes its own, and dies if a thread writes to it."""
-    return open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
-
-
 def start(*, text: bool, level: str, secrets: Iterable[str], stream: TextIO | None = None) -> Writer:
     """Send every log record of this process to `stream` (stdout); call `stop()` on what comes back."""
     redact = Redactor(secrets)
     backlog: queue.Queue[logging.LogRecord | None] = queue.Queue(_BACKLOG_LINES)
-    writer = Writer(backlog, TextLines(redact) if text else JsonLines(redact), stream or _stdout())
+    writer = Writer(backlog, TextLines(redact) if text else JsonLines(redact), stream or sys.stdout)
     root = logging.getLogger()
     root.handlers = [_Lossy(backlog)]
     root.setLevel(level.upper())

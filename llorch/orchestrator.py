@@ -231,11 +231,14 @@ class Orchestrator:
 
     async def run(self) -> None:
         """Keep every pool at work until cancelled; raises if one of its coroutines has a bug."""
-        async with asyncio.TaskGroup() as group:
-            for pool in self.pools.values():
-                group.create_task(pool.replica.watch(), name=f"probe-{pool.pool_id}")
-                group.create_task(pool.replica.drain(), name=f"drain-{pool.pool_id}")
-                group.create_task(pool.watch_queue(), name=f"pool-{pool.pool_id}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for pool in self.pools.values():
+                    group.create_task(pool.replica.watch(), name=f"probe-{pool.pool_id}")
+                    group.create_task(pool.replica.drain(), name=f"drain-{pool.pool_id}")
+                    group.create_task(pool.watch_queue(), name=f"pool-{pool.pool_id}")
+        except ExceptionGroup as bugs:
+            raise bugs.exceptions[0] from None  # the log shows where one exception comes from
 
     def stop(self) -> None:
         """Refuse new tasks, fail the waiting ones; running ones go on."""

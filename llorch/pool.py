@@ -20,7 +20,6 @@ from llorch.engine import (
     Engine,
     EngineBroken,
     EngineFailure,
-    EngineGone,
     EngineLoading,
     EngineMisconfigured,
     EngineRefused,
@@ -166,22 +165,27 @@ class Pool:
 
     def reserve(self, size_bytes: int) -> Reservation:
         """Hold a place for a prompt of `size_bytes`; raises QueueFull, BodyTooLarge if it can never fit."""
+        self._check_size(size_bytes)
+        return self.queue.reserve(size_bytes, 0 if len(self.queue) else self.replica.free_slots)
+
+    def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self.queue.max_bytes:
             message = f"the prompt has {size_bytes} bytes, queue.max_bytes is {self.queue.max_bytes}"
             raise BodyTooLarge(message, engine=self.engine.name)
-        return self.queue.reserve(size_bytes, 0 if len(self.queue) else self.replica.free_slots)
 
     async def fit(self, request: TaskRequest, reservation: Reservation) -> tuple[str, int]:
         """The prompt as the engine will get it, and its max_tokens, checked against the context [MVP-030].
 
         Asks the engine only where bytes alone don't settle it. Raises ContextOverflow, QueueFull,
-        InvalidParams, PoolUnavailable.
+        BodyTooLarge, InvalidParams, PoolUnready, PoolUnavailable.
         """
         try:
             prompt = request.prompt
             if prompt is None:
                 prompt = await self.engine.render(request.messages)
-                reservation.resize(len(prompt.encode()))
+                size_bytes = len(prompt.encode())
+                self._check_size(size_bytes)
+                reservation.resize(size_bytes)
             return prompt, await self._max_tokens(prompt, reservation.size_bytes, request.max_tokens)
         except EngineFailure as failure:
             self._refuse_for(failure)
@@ -214,8 +218,10 @@ class Pool:
             raise InvalidParams(f"the engine refused the prompt: {failure}", engine=name) from failure
         if failure.code == "CONTEXT_OVERFLOW":
             raise ContextOverflow(str(failure), engine=name) from failure
-        self.replica.suspect(failure.summary)
-        raise self._refusal(PoolUnavailable, f"the engine did not answer: {failure}") from failure
+        if not isinstance(failure, EngineStalled):  # a huge prompt may take it long, and that is the client's
+            self.replica.notice(failure)
+        kind = PoolUnready if isinstance(failure, EngineLoading) else PoolUnavailable
+        raise self._refusal(kind, f"the engine did not answer: {failure}") from failure
 
     def admit(self, reservation: Reservation, task: Task) -> None:
         """Give `task` its place, append `started`, and let it go if it can; raises QueueFull."""
@@ -320,10 +326,7 @@ class Pool:
                 failure.summary,
                 extra={"event": "retry", **task.log_fields()},
             )
-            if isinstance(failure, EngineGone | EngineLoading):
-                self.replica.suspect_restart(failure.summary)
-            else:
-                self.replica.suspect(failure.summary)
+            self.replica.notice(failure)
             if not retries_left or not await self._wait_to_retry(lease, failure, started):
                 break
             retries_left -= 1
@@ -384,7 +387,7 @@ class Pool:
         if isinstance(failure, EngineMisconfigured):
             self.replica.misconfigured(str(failure))
         elif isinstance(failure, EngineBroken):
-            self.replica.suspect(failure.summary)
+            self.replica.notice(failure)
         lease.close(clean=not failure.sent)
         retry_after_ms = self.settings.default_retry_after_ms if failure.retriable else None
         error = Error(failure.code, failure.retriable, retry_after_ms, str(failure))

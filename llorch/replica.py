@@ -205,6 +205,13 @@ class Replica:
         self._doubts += 1
         self._probe_now.set()
 
+    def notice(self, failure: EngineFailure) -> None:
+        """The engine failed: a probe has to look, and a new process has to show again what it can."""
+        if isinstance(failure, EngineGone | EngineLoading):
+            self.suspect_restart(failure.summary)
+        else:
+            self.suspect(failure.summary)
+
     def misconfigured(self, reason: str) -> None:
         """The engine refuses what every task needs: unready until a probe finds it mended."""
         self.health, self.last_error = Health.MISCONFIGURED, f"misconfigured: {reason}"
@@ -244,12 +251,18 @@ class Replica:
         self._test_if_due()
         if (self.dispatchable, self.health, self.props) != before:
             self.on_change(self)
+        await self._wake_waiters()
+
+    async def _wake_waiters(self) -> None:
         async with self._probed:
             self._probed.notify_all()
 
     def _adopt(self, props: Props) -> None:
         if props != self.props:
             self.model_digest = None
+            if self._digest_task is not None:  # it reads the old model
+                self._digest_task.cancel()
+                self._digest_task = None
             self._may_have_restarted()
         if self.model_digest is None or not self.ready:
             self._start_reading_digest(props.model_path)
@@ -260,7 +273,8 @@ class Replica:
             self._digest_task = asyncio.create_task(self._read_digest(model_path), name="model-digest")
 
     async def _read_digest(self, model_path: str) -> None:
-        self.model_digest = await self.engine.model_digest(model_path)
+        with contextlib.suppress(EngineFailure):
+            self.model_digest = await self.engine.model_digest(model_path)
 
     def _probe_delay_s(self) -> float:
         """When to look again: soon while loading, later and with jitter the longer it fails."""
@@ -269,7 +283,8 @@ class Replica:
             return PROBE_INTERVAL_S
         if self.health is Health.FAILED:
             ceiling = BREAKER_POLL_S if self._failures >= BREAKER_FAILURES else high
-            return self._chance.uniform(0.5, 1.0) * min(low * 2.0**self._failures, ceiling)
+            doublings = min(self._failures, BREAKER_FAILURES * 2)  # after 1024 of them Python gives up
+            return self._chance.uniform(0.5, 1.0) * min(low * 2.0**doublings, ceiling)
         return self._chance.uniform(low, high) if self.health is Health.LOADING else high
 
     async def watch(self) -> None:
@@ -315,7 +330,7 @@ class Replica:
             async with asyncio.timeout(SELF_TEST_S):
                 verdict = await self_test(self.engine, self.slots)
         except EngineFailure as failure:
-            self.suspect(failure.summary)
+            self.notice(failure)
             return Verdict("unknown", f"self-test: {failure.summary}")
         except TimeoutError:
             return Verdict("unknown", f"self-test: not done within {SELF_TEST_S:g} s")
@@ -346,16 +361,19 @@ class Replica:
         connections.
         """
         while True:
-            if not self.draining:
+            if self.stuck is not None and not self.draining:
                 self._set_stuck(None)
+                await self._wake_waiters()
+            if not self.draining:
                 self._drain_now.clear()
                 await self._drain_now.wait()
             pending = {lease for lease in self.leases if lease.draining}
             looks_needed = 2
             try:
                 idle = await self._look_idle()
-            except (EngineGone, EngineLoading):
+            except (EngineGone, EngineLoading) as failure:
                 idle, looks_needed = True, 1  # gone, or started anew: what it ran is no more
+                self.notice(failure)
             except EngineFailure as failure:
                 idle = False
                 log.debug("slots can't be read while draining: %s", failure)

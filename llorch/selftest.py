@@ -26,6 +26,7 @@ _PROMPT = "The lighthouse keeper wrote in his diary:"
 _SAMPLING = Sampling(seed=20_240_229, temperature=5.0, top_k=1000, top_p=1.0, min_p=0.0)  # tips at a hair
 _OTHER_PROMPT = "Numbers, colours, animals and the names of rivers, in no order: "
 _TOKENS = 32
+_MOST_AT_ONCE = 16
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -54,7 +55,7 @@ async def examine(engine: Engine, slots: int) -> Verdict:
 async def _work_on_all(engine: Engine, slots: int) -> None:
     try:
         async with asyncio.TaskGroup() as group:
-            for slot in range(slots):
+            for slot in range(min(slots, _MOST_AT_ONCE)):
                 group.create_task(_tokens(engine, _other_work(slot)))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None

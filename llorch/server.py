@@ -7,20 +7,22 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import resource
 import signal
 import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from llorch import __version__, gpu, journal, logs, sdnotify, selftest
 from llorch.adapters.llamacpp import LlamaCpp
-from llorch.api import ApiSettings, make_app
-from llorch.config import SECRET_KEYS, Address, Config, parse_address
+from llorch.api import STALLED_WRITE_S, ApiSettings, make_app
+from llorch.config import SECRET_KEYS, Address, Config, parse_address, unknown_variables
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.pool import Pool, PoolSettings
 from llorch.security import Gate
@@ -69,9 +71,19 @@ class Protocol(web.RequestHandler):
         else:
             log.error("a bug failed a request before its handler", exc_info=exc, extra={"event": "bug"})
         body = _NOT_HTTP if client_fault else _BUG
-        response = web.Response(status=status, body=body, content_type="application/json")
+        response = web.Response(
+            status=status, body=body, content_type="application/json", headers={"Server": "llorch"}
+        )
         response.force_close()
         return response
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the answer; what aiohttp itself would say, in text that quotes the request, is replaced."""
+        if isinstance(resp, web.HTTPException):
+            resp = self.handle_error(request, 400)
+        return await super().finish_response(request, resp, start_time)
 
 
 # -- put together ----------------------------------------------------------------------------------
@@ -220,6 +232,8 @@ def _warn(config: Config, config_file: Path | None) -> None:
             "passes on; whoever reaches it otherwise is let in",
             extra=extra,
         )
+    for line in unknown_variables(os.environ):
+        log.warning("%s", line, extra=extra)
     inline = [
         key
         for key in SECRET_KEYS
@@ -250,26 +264,31 @@ class _Signals:
 
 async def _serve(config: Config, sock: socket.socket, accelerator: str) -> int:
     signals = _Signals()
+    async with listening(config, sock, accelerator) as orchestrator:
+        host, port = sock.getsockname()[:2]
+        message = f"llorch {__version__} listens on http://{Address(host, port)}, computes on {accelerator}"
+        log.info("%s", message, extra={"event": "start"})
+        sdnotify.notify(f"READY=1\nSTATUS={message}")
+        return await _work(orchestrator, signals, config.shutdown.grace_s)
+
+
+@contextlib.asynccontextmanager
+async def listening(config: Config, sock: socket.socket, accelerator: str) -> AsyncIterator[Orchestrator]:
+    """Answer on `sock`, the first probe done; `run` the orchestrator inside. Everything is closed after."""
     app, orchestrator = compose(config, accelerator)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
     await runner.setup()
     try:
         await orchestrator.first_probe(FIRST_PROBE_S)
-        async with _listening(runner, sock, config.http.idle_timeout_s):
-            host, port = sock.getsockname()[:2]
-            message = (
-                f"llorch {__version__} listens on http://{Address(host, port)}, computes on {accelerator}"
-            )
-            log.info("%s", message, extra={"event": "start"})
-            sdnotify.notify(f"READY=1\nSTATUS={message}")
-            return await _work(orchestrator, signals, config.shutdown.grace_s)
+        async with _accepting(runner, sock, config.http.idle_timeout_s):
+            yield orchestrator
     finally:
         await orchestrator.close()
         await runner.cleanup()
 
 
 @contextlib.asynccontextmanager
-async def _listening(
+async def _accepting(
     runner: web.AppRunner, sock: socket.socket, idle_timeout_s: float
 ) -> AsyncIterator[asyncio.Server]:
     loop, server = asyncio.get_running_loop(), runner.server
@@ -285,15 +304,17 @@ async def _listening(
             auto_decompress=False,
         )
 
+    # Inherited by every connection: who takes nothing of an answer for so long is cut off by the kernel.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED_WRITE_S * 1000))
     try:
-        listening = await loop.create_server(protocol, sock=sock, backlog=1024)
+        server_socket = await loop.create_server(protocol, sock=sock, backlog=1024)
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(Address(host, port), error) from error
     try:
-        yield listening
+        yield server_socket
     finally:
-        listening.close()
+        server_socket.close()
 
 
 async def _work(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -> int:
@@ -304,12 +325,14 @@ async def _work(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -
     await asyncio.wait({work, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
     failed = work.done()
     if failed:
-        log.critical("a bug stopped the dispatcher, so llorch stops", exc_info=work.exception())
+        log.critical(
+            "a bug stopped the dispatcher, so llorch stops",
+            exc_info=work.exception(),
+            extra={"event": "bug"},
+        )
         signals.stop_at_once.set()
-    await _stop(orchestrator, signals, grace_s)
-    for task in (work, beat, stop_asked):
-        task.cancel()
-    await asyncio.wait({work, beat, stop_asked})
+    await _stop(orchestrator, work, signals, grace_s)
+    await _end(beat, stop_asked)
     return EXIT_BUG if failed else 0
 
 
@@ -321,19 +344,28 @@ async def _feed_watchdog(work: asyncio.Task[None]) -> None:
         await asyncio.sleep(interval_s)
 
 
-async def _stop(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -> None:
+async def _stop(
+    orchestrator: Orchestrator, work: asyncio.Task[None], signals: _Signals, grace_s: float
+) -> None:
     """CONTRACT: waiting tasks fail at once, running ones have the grace, readers a second."""
     sdnotify.notify("STOPPING=1")
-    log.info("stopping: running tasks have %g s", grace_s, extra={"event": "stop"})
+    if not signals.stop_at_once.is_set():
+        log.info("stopping: running tasks have %g s", grace_s, extra={"event": "stop"})
     orchestrator.stop()
     finished = asyncio.create_task(orchestrator.finished(), name="grace")
     at_once = asyncio.create_task(signals.stop_at_once.wait(), name="second-signal")
     await asyncio.wait({finished, at_once}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-    finished.cancel()
+    await _end(finished, work)  # or it would find the engine's connections closed, and complain
     await orchestrator.close()
     leave_s = READERS_LEAVE_AT_ONCE_S if signals.stop_at_once.is_set() else READERS_LEAVE_S
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(leave_s):
             await orchestrator.readers_gone()
-    at_once.cancel()
+    await _end(at_once)
     log.info("stopped", extra={"event": "stop"})
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

@@ -6,7 +6,7 @@ Absent and null are different: an optional field may be left out, never null.
 
 import difflib
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -18,6 +18,8 @@ from llorch.task import Determinism, Message, Priority, Sampling, State, Task, T
 
 MAX_STOP_BYTES = 128
 MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_GROUPS = 1000
+MAX_REPEATS = 10_000
 MAX_SESSION_ID_BYTES = 128
 MAX_METADATA_KEY_BYTES = 64
 MAX_METADATA_VALUE_BYTES = 512
@@ -127,6 +129,11 @@ _SAMPLING_FIELDS = [field.name for field in msgspec.structs.fields(Sampling)]
 _WHERE = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*)`", re.DOTALL)
 _MAX_NAME_CHARS = 60
+_REPEATS = re.compile(  # {m,n} in a grammar or a pattern; bounds in a schema
+    r'\{\s*([0-9]*)\s*,?\s*([0-9]*)\s*\}|"(?:min|max)(?:Items|Length|Properties)":([0-9][0-9.]*(?:e[+-]?[0-9]+)?)',
+    re.ASCII,
+)
+_CHOICES = {"$.priority": get_args(Priority), "$.determinism": get_args(Determinism)}
 
 
 def task_request(body: bytes, *, max_tokens: int) -> TaskRequest:
@@ -153,6 +160,8 @@ def _explain(text: str) -> str:
         known = [f.name for f in msgspec.structs.fields(TaskBody if path == "$" else Message)]
         near = difflib.get_close_matches(field, known, n=1)
         return f"{path}.{field}: unknown field" + (f", did you mean {near[0]}?" if near else "")
+    if path in _CHOICES:
+        return f"{path}: expected one of {', '.join(_CHOICES[path])}"
     what = what.replace("`", "")
     if missing := re.fullmatch(r"Object missing required field (\w+)", what):
         return f"{path}.{missing[1]}: this field is required"
@@ -196,6 +205,7 @@ def _check_fields(said: TaskBody, max_tokens: int) -> None:
     for index, text in enumerate(_or(said.stop, ())):
         _check_size(f"$.stop[{index}]", text, MAX_STOP_BYTES)
     _check_size("$.grammar", _or(said.grammar, ""), MAX_GRAMMAR_BYTES)
+    _check_bombs("$.grammar", _or(said.grammar, ""))
     _check_size("$.session_id", _or(said.session_id, ""), MAX_SESSION_ID_BYTES)
     for key, value in _or(said.metadata, {}).items():
         _check_size("$.metadata: a key", key, MAX_METADATA_KEY_BYTES)
@@ -209,7 +219,17 @@ def _encoded_schema(schema: dict[str, Any]) -> bytes:
         raise InvalidParams("$.json_schema: has a number or a depth that no engine takes") from None
     if len(encoded) > MAX_GRAMMAR_BYTES:
         raise InvalidParams(f"$.json_schema: {len(encoded)} bytes, at most {MAX_GRAMMAR_BYTES}")
+    _check_bombs("$.json_schema", encoded.decode())
     return encoded
+
+
+def _check_bombs(path: str, text: str) -> None:
+    """Refuse what takes the engine down: nested thousands of groups crash it, vast repeats eat its memory."""
+    if text.count("(") > MAX_GROUPS:
+        raise InvalidParams(f"{path}: {text.count('(')} groups, at most {MAX_GROUPS}")
+    numbers = (number for match in _REPEATS.finditer(text) for number in match.groups() if number)
+    if any(float(number) > MAX_REPEATS for number in numbers):
+        raise InvalidParams(f"{path}: a repeat of over {MAX_REPEATS}")
 
 
 def _check_size(path: str, text: str, most: int) -> None:

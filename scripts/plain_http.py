@@ -17,20 +17,21 @@ class Answer(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One Server-Sent Event with its JSON."""
+    """One Server-Sent Event with its JSON, decoded and as it came."""
 
     id: int
     name: str
     data: dict[str, Any]
+    raw: bytes
 
 
 class Client:
-    """Talks to one llorch; sends the token in LLORCH_AUTH_TOKEN if there is one."""
+    """Talks to one llorch; sends the token in LLORCH_AUTH_TOKEN if there is one. Raises ValueError."""
 
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SystemExit(f"expected http://host:port, got {url!r}")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"expected http://host:port, got {url!r}")
         self.url = url.rstrip("/")
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._netloc, self._timeout_s = parts.netloc, timeout_s
@@ -70,7 +71,8 @@ class Client:
                 if name:
                     fields[name] = value
                 elif "data" in fields:
-                    yield Event(int(fields["id"]), fields["event"], json.loads(fields["data"]))
+                    data = fields["data"]
+                    yield Event(int(fields["id"]), fields["event"], json.loads(data), data.encode())
                     fields = {}
 
     def text(self, path: str) -> str:

@@ -16,8 +16,9 @@ REAL_CTX = 2048
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--sim-seeds N`: how many seeds the simulation plays."""
+    """`--sim-seeds N`: how many seeds the simulation plays; `--fuzz-n N`: how many inputs the fuzzer."""
     parser.addoption("--sim-seeds", type=int, default=2000, help="seeds for tests/sim (default 2000)")
+    parser.addoption("--fuzz-n", type=int, default=2000, help="inputs for test_fuzz (default 2000)")
 
 
 @pytest.fixture

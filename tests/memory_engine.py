@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
-from llorch.engine import BEGUN, Chunk, Final, Generation, Props
+from llorch.engine import BEGUN, Chunk, EngineFailure, Final, Generation, Props
 from llorch.events import FinishReason
 from llorch.task import Message
 
@@ -17,6 +17,7 @@ class Call:
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.closed = False
+        self.answered = False
         self.sent = 0
         self._steps: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
 
@@ -56,6 +57,7 @@ class Call:
         step = await self._steps.get()
         if isinstance(step, Exception):
             raise step
+        self.answered = True
         return step
 
 
@@ -83,7 +85,8 @@ class MemoryEngine:
 
     def hold(self, method: str) -> asyncio.Event:
         """Keep every call of `method` waiting until the event that comes back is set."""
-        return self._gates.setdefault(method, asyncio.Event())
+        self._gates[method] = asyncio.Event()
+        return self._gates[method]
 
     def change(self, **says: object) -> None:
         """From now on `props` says something else."""
@@ -116,6 +119,10 @@ class MemoryEngine:
                 if chunk.final is not None:
                     self.working.discard(call)
                 yield chunk
+        except EngineFailure as failure:
+            if not failure.sent:
+                self.working.discard(call)
+            raise
         finally:
             call.closed = True
             if not self.clings:

@@ -11,7 +11,16 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llorch.config import Address, Config, ConfigError, defaults, env_name, load, parse_address
+from llorch.config import (
+    Address,
+    Config,
+    ConfigError,
+    defaults,
+    env_name,
+    load,
+    parse_address,
+    unknown_variables,
+)
 
 TOKEN = "canary-token-0123456789"
 
@@ -484,3 +493,17 @@ def test_an_address_is_read_or_refused(text: str) -> None:
         return
     assert 0 <= address.port <= 65535
     assert parse_address(str(address)) == address
+
+
+def test_a_variable_that_names_no_key_is_told() -> None:
+    """A slip in the environment is found, with the name that was meant; what is not ours is left alone."""
+    env = {
+        "LLORCH_QUEUE_CAPACTIY": "1",
+        "LLORCH_BIND_ADDR": "x",
+        "LLORCH_CONFIG": "x",
+        "LLORCH_URL": "x",
+        "HOME": "x",
+    }
+    assert unknown_variables(env) == [
+        "LLORCH_QUEUE_CAPACTIY: no such key, did you mean LLORCH_QUEUE_CAPACITY?"
+    ]

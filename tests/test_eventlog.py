@@ -134,9 +134,11 @@ def test_batches_are_as_full_as_the_bound_allows() -> None:
 
 
 def test_an_end_that_does_not_fit_goes_out_alone() -> None:
-    """The terminal frame counts toward the bound too."""
+    """The terminal frame counts toward the bound too, and so does a single byte."""
     frames = tokens(2, MAX_BATCH_BYTES // 2)
     assert list(batches(log_of(*frames, end=END))) == [frames, [END]]
+    frames = [b"x" * (MAX_BATCH_BYTES // 2), b"x" * (MAX_BATCH_BYTES // 2 + 1)]
+    assert list(batches(log_of(*frames))) == [frames[:1], frames[1:]]
 
 
 # -- recall ----------------------------------------------------------------------------------------

@@ -333,9 +333,11 @@ async def test_neither_proxies_of_the_environment_nor_cookies_are_used(
 ) -> None:
     """The engine is spoken to directly and remembers nothing on our side."""
     async with FakeLlamaServer() as proxy:
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("http_proxy", proxy.url)
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        llama = LlamaCpp(fake_engine.url)
+        llama = LlamaCpp(f"http://localhost:{fake_engine.port}")  # of an IP address no jar takes cookies
         fake_engine.script(answers(200, {}, more="Set-Cookie: a=b\r\n"), path="/health")
         await llama.health()
         await llama.health()
@@ -649,6 +651,7 @@ GARBAGE: dict[str, Script] = {
         HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), http_chunk(token("x") + FINAL)
     ),
     "HTML": answers(200, b"<html>It works!</html>", more=""),
+    "a stream of another type": says(HEAD.replace(b"event-stream", b"plain"), http_chunk(token("x") + FINAL)),
     "HTML with a stream's type": streams(b"<html>It works!</html>\n\n" * 10),
     "redirect without Location": answers(302),
 }

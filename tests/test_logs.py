@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llorch import logs
@@ -89,6 +89,7 @@ def test_an_event_without_a_name_is_called_after_its_module() -> None:
 
 
 @given(TEXTS, st.dictionaries(st.sampled_from(FIELDS), VALUES))
+@example("a lone \ud800 surrogate", {"job_id": "\udfff"})
 @settings(deadline=None)
 def test_every_line_is_one_short_json_object(message: str, fields: dict[str, Any]) -> None:
     """T17: whatever a client or an engine says, surrogates and control characters included."""
@@ -202,6 +203,7 @@ def test_a_text_line_is_for_a_person() -> None:
 
 
 @given(TEXTS, TEXTS)
+@example("a lone \ud800 surrogate", "\udfff\n")
 @settings(deadline=None)
 def test_a_text_line_is_one_short_printable_line(message: str, field: str) -> None:
     """T17: the same promises as for JSON."""

@@ -117,7 +117,6 @@ class LlamaCpp:
         api_key: str = "",
         connect_s: float = 5.0,
         control_s: float = 5.0,
-        response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
     ) -> None:
         self.endpoint = URL(endpoint)
         self._control_timeout = aiohttp.ClientTimeout(total=control_s, sock_connect=connect_s)
@@ -134,7 +133,6 @@ class LlamaCpp:
             },
             auto_decompress=False,
             trust_env=False,
-            response_class=response_class,
         )
         self._digests: dict[tuple[str, int, int], str] = {}
         self._closing = threading.Event()
@@ -204,8 +202,8 @@ class LlamaCpp:
         return await asyncio.to_thread(self._digest, model_path)
 
     def _digest(self, model_path: str) -> str | None:
-        if not os.path.isfile(model_path):
-            return None  # opening a FIFO would wait, reading a device would not end
+        if not os.path.isabs(model_path) or not os.path.isfile(model_path):
+            return None  # it may be another's folder; opening a FIFO would wait, a device would not end
         try:
             with open(model_path, "rb") as file:
                 stat = os.fstat(file.fileno())

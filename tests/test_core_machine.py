@@ -1,0 +1,356 @@
+"""Queue, pool and tasks as a state machine: whatever is done in whatever order, the invariants hold.
+
+Numbers in the messages: 1 one terminal event, last · 2 one `started`, first · 3 tokens without a gap ·
+4 no token handed out after a cancel · 5 a task that ends while it waits never reaches the engine · 6 starts
+in admission order · 7 waiting ≤ capacity · 8 leases ≤ slots, an exclusive one alone · 9 after close all is
+ended and closed · 10 a refused request leaves nothing.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llorch.engine import (
+    EngineBroken,
+    EngineFailure,
+    EngineGone,
+    EngineInvalidRequest,
+    EngineLoading,
+    EngineRefused,
+    EngineStalled,
+)
+from llorch.errors import LlorchError
+from llorch.task import Sampling, State, Task, TaskRequest
+from tests.memory_engine import Call, MemoryEngine
+from tests.rig import Rig, events, parse, rig
+from tests.virtualtime import VirtualTimeLoop, advance, settled
+
+FAILURES: list[type[Exception]] = [
+    EngineBroken,
+    EngineStalled,
+    EngineInvalidRequest,
+    EngineRefused,
+    EngineGone,
+    EngineLoading,
+    ZeroDivisionError,
+]
+PICK = st.integers(0, 1000)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Thousands of failing engines would fill the log."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Reader:
+    """A reader in the background; `late` are tokens it got after its task was cancelled."""
+
+    def __init__(self, task: Task, position: int) -> None:
+        self.task = task
+        self.first = position
+        self.got: list[bytes] = []
+        self.late: list[bytes] = []
+        self.work = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for batch in self.task.log.follow(self.first):
+            self.got += batch
+            if self.task.state is State.CANCELLED:
+                self.late += [frame for frame in batch if parse(frame).name == "token"]
+
+
+class Core(RuleBasedStateMachine):
+    """One pool, its engine, its clients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=VirtualTimeLoop)
+        self.stack = AsyncExitStack()
+        self.tasks: list[Task] = []
+        self.readers: list[Reader] = []
+        self.requests = 0
+        self.prompts: dict[Task, str] = {}
+        self.it: Rig
+
+    def do(self, *work: Coroutine[Any, Any, object]) -> None:
+        """Run it, and let happen what follows at once."""
+
+        async def all_of_it() -> None:
+            for step in work:
+                await step
+            await settled()
+
+        self.runner.run(all_of_it())
+
+    @initialize(slots=st.integers(1, 3), capacity=st.integers(1, 4), retries=st.integers(0, 2))
+    def begin(self, slots: int, capacity: int, retries: int) -> None:
+        """A pool that is ready."""
+        self.do(self._begin(slots, capacity, retries))
+
+    async def _begin(self, slots: int, capacity: int, retries: int) -> None:
+        engine = MemoryEngine(slots=slots, ctx=40)
+        bounds = {"capacity": capacity, "max_bytes": 100, "max_wait_s": 200.0, "retain_s": 1e6}
+        self.it = await self.stack.enter_async_context(
+            rig(engine=engine, retries=retries, drain_s=5.0, **bounds)  # type: ignore[arg-type]
+        )
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    @rule(strict=st.booleans(), words=st.sampled_from([1, 2, 15, 45]), cancelled=st.booleans())
+    def submit(self, strict: bool, words: int, cancelled: bool) -> None:
+        """A new task; it may be refused, or cancelled before anything else happens."""
+        self.do(self._submit(strict, words, cancelled))
+
+    async def _submit(self, strict: bool, words: int, cancelled: bool) -> None:
+        queue = self.it.queue
+        before = len(self.it.moves), queue.reserved, queue.reserved_bytes
+        request = self._request(strict, words)
+        try:
+            task = await self.it.orchestrator.submit(request)
+        except LlorchError:
+            assert (len(self.it.moves), queue.reserved, queue.reserved_bytes) == before, "10"
+        else:
+            self._admitted(task, request)
+            if cancelled:
+                await self._cancel(task)
+
+    @rule(strict=st.lists(st.booleans(), min_size=2, max_size=6), leaves=st.integers(0, 5))
+    def submit_together(self, strict: list[bool], leaves: int) -> None:
+        """Several at once, all of which the engine has to count; one client leaves meanwhile."""
+        self.do(self._submit_together(strict, leaves))
+
+    async def _submit_together(self, strict: list[bool], leaves: int) -> None:
+        gate = self.it.engine.hold("tokenize")
+        requests = [self._request(one, 15) for one in strict]
+        submits = [asyncio.create_task(self.it.orchestrator.submit(request)) for request in requests]
+        await settled()
+        if leaves < len(submits):
+            submits[leaves].cancel()
+        gate.set()
+        await settled()
+        assert all(submit.done() for submit in submits)
+        for submit, request in zip(submits, requests, strict=True):
+            if not submit.cancelled() and submit.exception() is None:
+                self._admitted(submit.result(), request)
+        assert (self.it.queue.reserved, self.it.queue.reserved_bytes) == (0, 0), "10"
+
+    def _admitted(self, task: Task, request: TaskRequest) -> None:
+        assert request.prompt is not None
+        self.tasks.append(task)
+        self.prompts[task] = request.prompt
+
+    def _request(self, strict: bool, words: int) -> TaskRequest:
+        self.requests += 1
+        return TaskRequest(
+            prompt=f"{'strict' if strict else 'shared'}-{self.requests}" + " x" * words,
+            max_tokens=4,
+            sampling=Sampling(seed=1 if strict else None),
+            determinism="strict" if strict else "best_effort",
+        )
+
+    @precondition(lambda self: self.tasks)
+    @rule(pick=PICK)
+    def cancel(self, pick: int) -> None:
+        """Of any task, in whatever state; nothing else happens in that step."""
+        task = self.tasks[pick % len(self.tasks)]
+        self.do(self._cancel(task))
+
+    async def _cancel(self, task: Task) -> None:
+        ended, tokens_out = task.state.final, task.tokens_out
+        state = self.it.cancel(task).state
+        assert state.final, "a cancel was answered and the task goes on"
+        assert ended or (state, task.tokens_out) == (State.CANCELLED, tokens_out)
+
+    @precondition(lambda self: self.tasks)
+    @rule(pick=PICK, last_id=st.none() | st.integers(0, 5))
+    def read(self, pick: int, last_id: int | None) -> None:
+        """Somebody reads a task, from the start or from an id."""
+        self.do(self._read(self.tasks[pick % len(self.tasks)], last_id))
+
+    async def _read(self, task: Task, last_id: int | None) -> None:
+        position, next_id = task.log.resume(last_id), task.log.next_id
+        known = last_id is not None and last_id < next_id
+        assert position == (last_id + 1 if known else 0) or task.log.sealed  # type: ignore[operator]
+        if position is not None:
+            self.readers.append(Reader(task, position))
+
+    @precondition(lambda self: self.readers)
+    @rule(pick=PICK)
+    def leave(self, pick: int) -> None:
+        """A reader goes."""
+        self.readers[pick % len(self.readers)].work.cancel()
+        self.do()
+
+    # -- the engine --------------------------------------------------------------------------------
+
+    @property
+    def open(self) -> list[Call]:
+        """What the engine could answer now."""
+        return self.it.engine.open
+
+    @precondition(lambda self: self.open)
+    @rule(pick=PICK, count=st.integers(0, 3), begins=st.booleans())
+    def say(self, pick: int, count: int, begins: bool) -> None:
+        """Some tokens in one read."""
+        call = self.open[pick % len(self.open)]
+        if begins:
+            call.begin()
+        call.say(*"xyz"[:count])
+        self.do()
+
+    @precondition(lambda self: self.open)
+    @rule(pick=PICK, texts=st.integers(0, 2), cancelled_at_once=st.booleans())
+    def finish(self, pick: int, texts: int, cancelled_at_once: bool) -> None:
+        """The final chunk, perhaps with a cancel before anybody has looked at it."""
+        call = self.open[pick % len(self.open)]
+        call.say("w")
+        call.finish(*"yz"[:texts])
+        self.do(
+            *[self._cancel(task) for task in self.tasks if cancelled_at_once and task.prompt == call.prompt]
+        )
+
+    @precondition(lambda self: self.open)
+    @rule(pick=PICK, kind=st.sampled_from([*FAILURES, None]), sent=st.booleans(), tokens=st.integers(0, 2))
+    def fail(self, pick: int, kind: type[Exception] | None, sent: bool, tokens: int) -> None:
+        """It breaks off, before or after some tokens; without a kind it just ends."""
+        call = self.open[pick % len(self.open)]
+        refuses = kind is not None and issubclass(kind, EngineRefused | EngineInvalidRequest)
+        if call.sent and refuses:
+            return  # no adapter says so once the answer has begun
+        if not refuses:
+            call.say(*"vw"[:tokens])
+        if kind is None:
+            call.end()
+        elif issubclass(kind, EngineFailure):
+            call.fail(kind("it failed", sent=sent or not refuses))
+        else:
+            call.fail(kind())
+        self.do()
+
+    @rule(clings=st.booleans())
+    def cling(self, clings: bool) -> None:
+        """Whether it goes on with what its client has left."""
+        self.it.engine.clings = clings
+
+    @rule()
+    def let_go(self) -> None:
+        """It has noticed that its clients are gone."""
+        self.it.engine.let_go()
+        self.do()
+
+    @rule(kind=st.sampled_from([EngineGone, EngineLoading, EngineStalled, None]))
+    def go_or_come(self, kind: type[EngineFailure] | None) -> None:
+        """It dies, loads, hangs, or is well again."""
+        engine = self.it.engine
+        engine.failure = None if kind is None else kind("not now", sent=False)
+        if kind in (EngineGone, EngineLoading):
+            engine.working.clear()
+            for call in self.open:
+                call.fail(EngineBroken("killed") if call.sent else EngineRefused("killed"))
+        self.do()
+
+    @rule(seconds=st.sampled_from([0.05, 0.3, 3.0, 12.0, 250.0]))
+    def time(self, seconds: float) -> None:
+        """It passes."""
+        self.do(advance(seconds))
+
+    # -- what must hold ----------------------------------------------------------------------------
+
+    @invariant()
+    def streams_are_whole(self) -> None:
+        """1, 2, 3."""
+        for task in self.tasks:
+            seen = events(task)
+            names = [event.name for event in seen]
+            terminals = [name for name in names if name in ("end", "error")]
+            assert names.count("started") == 1, f"2: {names}"
+            assert names[0] == "started", f"2: {names}"
+            assert len(terminals) == task.state.final, f"1: {task.state}, {names}"
+            assert not terminals or names[-1] == terminals[0], f"1: {names}"
+            tokens = [event.data["i"] for event in seen if event.name == "token"]
+            assert tokens == list(range(len(tokens))), f"3: {tokens}"
+            if task.state is State.CANCELLED:
+                assert names == ["started", "end"], f"4: {names}"
+            else:
+                assert [event.id for event in seen] == list(range(len(seen)))
+
+    @invariant()
+    def readers_get_what_is_there(self) -> None:
+        """4, and nobody misses or repeats anything."""
+        for reader in self.readers:
+            assert not reader.late, f"4: {reader.late}"
+            ids = [parse(frame).id for frame in reader.got]
+            if reader.task.state is not State.CANCELLED:
+                assert ids == list(range(reader.first, reader.first + len(ids)))
+            if not reader.work.cancelled():
+                assert reader.work.done() == reader.task.state.final
+            if reader.work.done() and not reader.work.cancelled():
+                assert parse(reader.got[-1]).name in ("end", "error")
+
+    @invariant()
+    def order_and_bounds_are_kept(self) -> None:
+        """5, 6, 7, 8; and no slot stays free while the head could go."""
+        if not hasattr(self, "it"):
+            return
+        queue, replica, engine = self.it.queue, self.it.replica, self.it.engine
+        admitted = [task for task, state in self.it.moves if state is State.QUEUED]
+        starts = [admitted.index(task) for task, state in self.it.moves if state is State.RUNNING]
+        assert starts == sorted(starts), f"6: {starts}"
+        started = {self.prompts[task] for task, state in self.it.moves if state is State.RUNNING}
+        assert set(engine.prompts) <= started, "5"
+        assert len(queue) <= queue.capacity, "7"
+        assert queue.waiting_bytes + queue.reserved_bytes <= queue.max_bytes, "7, in bytes"
+        assert len(replica.leases) <= replica.slots, "8"
+        assert len(replica.leases) < 2 or not any(lease.exclusive for lease in replica.leases), "8"
+        assert len(engine.working) <= replica.slots, "8, in the engine"
+        strict = [call for call in engine.working if call.prompt.startswith("strict")]
+        assert not strict or len(engine.working) == 1, "8, in the engine"
+        head = queue.head
+        assert head is None or not replica.free_slots or (head.strict and replica.leases), "the head could go"
+
+    @invariant()
+    def the_engine_is_asked_as_promised(self) -> None:
+        """Nothing is sent again once an answer had begun, and nobody waits for what has ended."""
+        if not hasattr(self, "it"):
+            return
+        at_work = {self.prompts[task] for task in self.tasks if task.state is State.RUNNING}
+        assert {call.prompt for call in self.open} <= at_work, "the engine works for a task that has ended"
+        answered: set[str] = set()
+        for call in self.it.engine.calls:
+            assert call.prompt not in answered, "sent again after an answer had begun"
+            if call.answered:
+                answered.add(call.prompt)
+            strict = call.prompt.startswith("strict")
+            assert call.generation.cache_prompt is not strict
+            assert call.generation.slot == 0 or not strict
+
+    def teardown(self) -> None:
+        """9: `rig` looks at it, and nobody else is left."""
+        if hasattr(self, "it"):
+            self.do(self.stack.aclose(), self._readers_end())
+            assert all(task.state.final for task in self.tasks), "9"
+            self.streams_are_whole()
+            self.readers_get_what_is_there()
+        left = asyncio.all_tasks(self.runner.get_loop())
+        self.runner.close()
+        assert not left, f"9: {left}"
+
+    async def _readers_end(self) -> None:
+        for reader in self.readers:
+            await asyncio.wait({reader.work})
+
+
+Core.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestCore = Core.TestCase

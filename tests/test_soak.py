@@ -1,0 +1,51 @@
+"""The soak finds nothing in llorch, and does find what is planted."""
+
+import pytest
+
+from tests.soak.__main__ import Soak
+
+GAPS = """
+from llorch import events
+frame = events.frame
+
+def gappy(event_id, event):
+    if isinstance(event, events.Token) and event.i == 3:
+        event = events.Token(event.t, 4)
+    return frame(event_id, event)
+
+from llorch import task
+task.frame = gappy
+"""
+LEAKS = """
+from llorch.replica import Replica
+release, count = Replica._release, 0
+
+def leaky(self, lease):
+    global count
+    count += 1
+    if count != 30:
+        release(self, lease)
+
+Replica._release = leaky
+"""
+LATE = """
+from llorch.eventlog import EventLog
+EventLog.seal = lambda self, end, recall=False, seal=EventLog.seal: seal(self, end)
+"""
+
+
+async def test_no_task_is_lost_while_the_engine_is_killed() -> None:
+    """Each admitted task ends once, as the contract says; slots, files and memory come back; exit 0."""
+    assert await Soak(tasks=300, kills=3, seed=1).run() == []
+
+
+@pytest.mark.parametrize(
+    ("bug", "says"),
+    [(GAPS, "token {'t':"), (LEAKS, "not ready and idle"), (LATE, "a reader after the cancel got")],
+    ids=["gap", "slot-leak", "token-after-cancel"],
+)
+async def test_a_planted_bug_is_found(bug: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of bug is reported as what it is."""
+    monkeypatch.setattr("tests.soak.__main__.SETTLE_S", 2.0)
+    faults = await Soak(tasks=150, seed=2, before=bug).run()
+    assert any(says in fault for fault in faults), faults
