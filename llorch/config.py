@@ -177,6 +177,7 @@ def load(
     faults: list[str] = []
     values = _read_file(path, faults) if path else {}
     config = _section(Config, values, f"{path}: ", "", faults)
+    faults += _told_twice(env or {})
     for source, key, raw in _overrides(env or {}, flags or {}):
         config = _override(config, source, key, raw, faults)
     if not faults:
@@ -286,6 +287,18 @@ def _show(name: str, value: Any) -> str:
 def env_name(key: str) -> str:
     """The environment variable of a dotted key."""
     return ENV_PREFIX + key.replace(".", "_").upper()
+
+
+def _told_twice(env: Mapping[str, str]) -> list[str]:
+    """A secret may come from one variable, or from the file that another names."""
+    pairs = (
+        (env_name(f"{table}.{inline}"), env_name(f"{table}.{file}")) for table, inline, file in _FILE_PAIRS
+    )
+    return [
+        f"{file}: give it or {inline}, not both"
+        for inline, file in pairs
+        if env.get(inline) and env.get(file)
+    ]
 
 
 def unknown_variables(env: Mapping[str, str]) -> list[str]:

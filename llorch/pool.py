@@ -385,7 +385,7 @@ class Pool:
 
     def _fail(self, task: Task, lease: Lease, failure: EngineFailure) -> None:
         if isinstance(failure, EngineMisconfigured):
-            self.replica.misconfigured(str(failure))
+            self.replica.misconfigured(failure.summary)
         elif isinstance(failure, EngineBroken):
             self.replica.notice(failure)
         lease.close(clean=not failure.sent)
@@ -419,9 +419,11 @@ class Pool:
 
     def _expire(self) -> None:
         limit_s = self.settings.max_wait_s
+        message = f"waited {limit_s:g} s for a free slot"
         while (head := self.queue.head) is not None and head.now() >= head.admitted_at + limit_s:
-            message = f"waited {limit_s:g} s for a free slot"
-            head.fail(Error("QUEUE_TIMEOUT", True, self._queue_full("").retry_after_ms, message))
+            error = Error("QUEUE_TIMEOUT", True, self._queue_full("").retry_after_ms, message)
+            if not head.fail(error):
+                return  # whoever ended it takes it out
 
     def stop(self) -> None:
         """Stop dispatch and admission; fail what waits, at once."""

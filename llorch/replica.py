@@ -60,7 +60,7 @@ class Lease:
         self.closed = False
         self.draining = False
         self.idle_looks = 0
-        self.since = asyncio.get_running_loop().time()
+        self.since = self.draining_since = asyncio.get_running_loop().time()
         self.runner: asyncio.Task[None] | None = None
         self.sent = False
         self.answered = False
@@ -185,7 +185,7 @@ class Replica:
     def _start_draining(self, lease: Lease) -> None:
         if not lease.draining:
             lease.draining = True
-            lease.since = asyncio.get_running_loop().time()
+            lease.draining_since = asyncio.get_running_loop().time()
             self._drain_now.set()
 
     def _release(self, lease: Lease) -> None:
@@ -406,7 +406,7 @@ class Replica:
 
     def _check_overdue(self) -> None:
         now = asyncio.get_running_loop().time()
-        overdue = any(lease.draining and now - lease.since > self.drain_s for lease in self.leases)
+        overdue = any(lease.draining and now - lease.draining_since > self.drain_s for lease in self.leases)
         if overdue and self.stuck is None:
             self._set_stuck(
                 f"a slot did not come back within {self.drain_s:g} s; waiting for the engine to be idle"

@@ -30,7 +30,7 @@ from llorch.errors import LlorchError
 from llorch.task import Sampling, State, Task, TaskRequest
 from tests.memory_engine import Call, MemoryEngine
 from tests.rig import Rig, events, parse, rig
-from tests.virtualtime import VirtualTimeLoop, advance, settled
+from tests.virtualtime import VirtualTimeLoop, advance, settled, turns
 
 FAILURES: list[type[Exception]] = [
     EngineBroken,
@@ -99,14 +99,14 @@ class Core(RuleBasedStateMachine):
 
     async def _begin(self, slots: int, capacity: int, retries: int) -> None:
         engine = MemoryEngine(slots=slots, ctx=40)
-        bounds = {"capacity": capacity, "max_bytes": 100, "max_wait_s": 200.0, "retain_s": 1e6}
+        bounds = {"capacity": capacity, "max_bytes": 200, "max_wait_s": 200.0, "retain_s": 1e6}
         self.it = await self.stack.enter_async_context(
             rig(engine=engine, retries=retries, drain_s=5.0, **bounds)  # type: ignore[arg-type]
         )
 
     # -- clients -----------------------------------------------------------------------------------
 
-    @rule(strict=st.booleans(), words=st.sampled_from([1, 2, 15, 45]), cancelled=st.booleans())
+    @rule(strict=st.booleans(), words=st.sampled_from([1, 2, 11, 45, 90]), cancelled=st.booleans())
     def submit(self, strict: bool, words: int, cancelled: bool) -> None:
         """A new task; it may be refused, or cancelled before anything else happens."""
         self.do(self._submit(strict, words, cancelled))
@@ -131,7 +131,7 @@ class Core(RuleBasedStateMachine):
 
     async def _submit_together(self, strict: list[bool], leaves: int) -> None:
         gate = self.it.engine.hold("tokenize")
-        requests = [self._request(one, 15) for one in strict]
+        requests = [self._request(one, 11) for one in strict]
         submits = [asyncio.create_task(self.it.orchestrator.submit(request)) for request in requests]
         await settled()
         if leaves < len(submits):
@@ -178,11 +178,18 @@ class Core(RuleBasedStateMachine):
         self.do(self._read(self.tasks[pick % len(self.tasks)], last_id))
 
     async def _read(self, task: Task, last_id: int | None) -> None:
-        position, next_id = task.log.resume(last_id), task.log.next_id
-        known = last_id is not None and last_id < next_id
-        assert position == (last_id + 1 if known else 0) or task.log.sealed  # type: ignore[operator]
+        position = task.log.resume(last_id)
+        assert position == self._resumed(task, last_id), "a reader is put elsewhere"
         if position is not None:
             self.readers.append(Reader(task, position))
+
+    def _resumed(self, task: Task, last_id: int | None) -> int | None:
+        if last_id is None:
+            return 0
+        last, sealed = task.log.next_id - 1, task.log.sealed
+        if last_id < last or (last_id == last and not sealed):
+            return last_id + 1
+        return None if sealed else 0
 
     @precondition(lambda self: self.readers)
     @rule(pick=PICK)
@@ -209,15 +216,18 @@ class Core(RuleBasedStateMachine):
         self.do()
 
     @precondition(lambda self: self.open)
-    @rule(pick=PICK, texts=st.integers(0, 2), cancelled_at_once=st.booleans())
-    def finish(self, pick: int, texts: int, cancelled_at_once: bool) -> None:
-        """The final chunk, perhaps with a cancel before anybody has looked at it."""
-        call = self.open[pick % len(self.open)]
+    @rule(pick=PICK, texts=st.integers(0, 2), later=st.integers(0, 3), cancelled=st.booleans())
+    def finish(self, pick: int, texts: int, later: int, cancelled: bool) -> None:
+        """A token and, some turns later, the final chunk; perhaps with a cancel before anybody saw it."""
+        self.do(self._finish(self.open[pick % len(self.open)], texts, later, cancelled))
+
+    async def _finish(self, call: Call, texts: int, later: int, cancelled: bool) -> None:
         call.say("w")
+        await turns(later)
         call.finish(*"yz"[:texts])
-        self.do(
-            *[self._cancel(task) for task in self.tasks if cancelled_at_once and task.prompt == call.prompt]
-        )
+        for task in self.tasks:
+            if cancelled and self.prompts[task] == call.prompt:
+                await self._cancel(task)
 
     @precondition(lambda self: self.open)
     @rule(pick=PICK, kind=st.sampled_from([*FAILURES, None]), sent=st.booleans(), tokens=st.integers(0, 2))

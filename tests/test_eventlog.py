@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from llorch.eventlog import MAX_BATCH_BYTES, EventLog
-from tests.virtualtime import settled, virtual_time
+from tests.virtualtime import settled, turns, virtual_time
 
 STARTED, END = b"id: 0 started", b"end"
 
@@ -228,6 +228,20 @@ async def test_a_recall_between_two_batches_leaves_the_end_alone() -> None:
     assert await anext(follow) == [STARTED, frames[0]]
     log.seal(END, recall=True)
     assert [batch async for batch in follow] == [[END]]
+
+
+@pytest.mark.parametrize("later", range(5))
+@virtual_time
+async def test_no_reader_misses_an_end_that_comes_soon_after_a_frame(later: int) -> None:
+    """However many turns lie between them: frames and end are read in one step."""
+    log = log_of(STARTED)
+    readers = [Reader(log), Reader(log, 1)]
+    await settled()
+    log.append(b"a")
+    await turns(later)
+    log.seal(END)
+    await asyncio.wait({reader.work for reader in readers})
+    assert [reader.got for reader in readers] == [[STARTED, b"a", END], [b"a", END]]
 
 
 @virtual_time

@@ -74,6 +74,12 @@ async def settled() -> None:
     await current().settled()
 
 
+async def turns(count: int) -> None:
+    """Let the loop turn so many times, and no time pass."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 async def advance(seconds: float) -> None:
     """Let so many seconds pass, and all happen that is due by then."""
     due = current().create_future()

@@ -141,14 +141,14 @@ class LlamaCpp:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
-        with _mapped() as progress:
+        with _mapped(self.endpoint) as progress:
             async with self._request(
                 "POST", "/completion", _completion_body(generation), self._generation_timeout
             ) as response:
                 progress.answered = True
                 await _check_status(response)
                 if response.content_type != "text/event-stream" or "Content-Encoding" in response.headers:
-                    raise EngineBroken(f"/completion answered with {response.content_type!r}")
+                    raise EngineBroken("/completion answered no event stream", detail=response.content_type)
                 yield BEGUN  # the engine sends its headers when a slot takes the prompt
                 parser = SseParser(MAX_EVENT_BYTES)
                 async for block in response.content.iter_any():
@@ -242,7 +242,7 @@ class LlamaCpp:
         *,
         limit: int = MAX_ANSWER_BYTES,
     ) -> T:
-        with _mapped() as progress:
+        with _mapped(self.endpoint) as progress:
             async with self._request(method, path, body, self._control_timeout) as response:
                 progress.answered = True
                 await _check_status(response)
@@ -365,7 +365,7 @@ class _Progress:
 
 
 @contextmanager
-def _mapped() -> Iterator[_Progress]:
+def _mapped(endpoint: URL) -> Iterator[_Progress]:
     """Turn whatever aiohttp raises into an EngineFailure; before the answer's headers it is a refusal."""
     progress = _Progress()
     try:
@@ -373,24 +373,25 @@ def _mapped() -> Iterator[_Progress]:
     except EngineFailure:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
-        raise (EngineGone if refused else EngineRefused)(
-            f"can't connect to the engine: {_say(error)}", sent=False
-        ) from error
+        if isinstance(getattr(error, "os_error", None), ConnectionRefusedError):
+            raise EngineGone(
+                f"nothing listens on {endpoint}: is llama-server running?", sent=False
+            ) from error
+        raise EngineRefused(f"can't connect to {endpoint}", detail=_say(error), sent=False) from error
     except TimeoutError as error:
         raise EngineStalled("the engine did not answer in time") from error
     except aiohttp.ClientResponseError as error:
-        raise EngineBroken(f"the engine's answer is not HTTP: {_say(error)}") from error
+        raise EngineBroken("the engine's answer is not HTTP", detail=_say(error)) from error
     except (aiohttp.ClientError, OSError) as error:
         _raise_broken_off(error, answered=progress.answered)
     except (EventTooLong, ValueError) as error:
-        raise EngineBroken(f"the engine's answer can't be read: {_say(error)}") from error
+        raise EngineBroken("the engine's answer can't be read", detail=_say(error)) from error
 
 
 def _raise_broken_off(error: Exception, *, answered: bool) -> NoReturn:
     if answered:
-        raise EngineBroken(f"the engine broke off: {_say(error)}") from error
-    raise EngineRefused(f"the engine hung up before it answered: {_say(error)}") from error
+        raise EngineBroken("the engine broke off in mid-answer") from error
+    raise EngineRefused("the engine hung up before it answered") from error
 
 
 def _say(error: Exception) -> str:

@@ -52,6 +52,7 @@ class Soak:
     seed: int = 1
     real: bool = False
     before: str = ""
+    ends_within_s: float = 120.0  # any task, from its first POST
     show: bool = False
     faults: list[str] = field(default_factory=list)
     samples: list[tuple[int, int]] = field(default_factory=list)  # KiB resident, open files
@@ -79,7 +80,13 @@ class Soak:
         client = Client(child.address)
         await self._until_idle(client)
         files = child.open_files
-        work = Work(child.address, self.seed, max_tokens=kind.max_tokens, errors_expected=self.kills > 0)
+        work = Work(
+            child.address,
+            self.seed,
+            max_tokens=kind.max_tokens,
+            errors_expected=self.kills > 0,
+            ends_within_s=self.ends_within_s,
+        )
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch(work, child, began), name="watch")
             killing = group.create_task(self._kill(work, engine), name="killer")

@@ -15,11 +15,11 @@ from tests.soak.client import Client, Stream, stream
 
 RETRIABLE = {"WORKER_RESET", "POOL_UNAVAILABLE", "DECODE_TIMEOUT", "QUEUE_TIMEOUT"}
 REFUSED = {429: "ADMISSION_REJECT", 503: "POOL_UN"}
-MAX_FAULTS = 100
+MAX_FAULTS = 40
 SMALL_BUFFER_BYTES = 2048
 SLOW_S = 0.01
 LONG_TOKENS = 64  # of a task that is to be cancelled on its way
-SEEDED_EVERY, SEEDED_IN = 100, 10  # of so many tasks the last so many are often seeded: each runs alone
+SEEDED_EVERY, SEEDED_IN = 300, 15  # of so many tasks the last so many are often seeded: each runs alone
 SEEDED = 0.3
 
 Way = Callable[["Work", "Job"], Awaitable[list[Event]]]
@@ -38,10 +38,17 @@ class Work:
     """All tasks of one soak against `address`, and what became of them."""
 
     def __init__(
-        self, address: tuple[str, int], seed: int, *, max_tokens: int, errors_expected: bool
+        self,
+        address: tuple[str, int],
+        seed: int,
+        *,
+        max_tokens: int,
+        errors_expected: bool,
+        ends_within_s: float,
     ) -> None:
         self.address, self.seed, self.max_tokens = address, seed, max_tokens
         self.errors_expected = errors_expected
+        self.ends_within_s = ends_within_s
         self.admitted = 0
         self.done = 0
         self.ended: Counter[str] = Counter()
@@ -67,13 +74,14 @@ class Work:
             body["max_tokens"] = LONG_TOKENS
         job = None
         try:
-            job = Job(client, chance, await self._submit(client, body))
-            self.admitted += 1
-            events = await way(self, job)
+            async with asyncio.timeout(self.ends_within_s):
+                job = Job(client, chance, await self._submit(client, body))
+                self.admitted += 1
+                events = await way(self, job)
             self._check(job, events)
             if seeded:
                 self._check_text(str(body), events)
-        except (Fault, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+        except (Fault, OSError, asyncio.IncompleteReadError) as error:
             self.faults.append(f"task {index} ({way.__name__}): {error!r}")
             self.lost += job is not None
             client.close()
