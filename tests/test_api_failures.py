@@ -39,8 +39,8 @@ FAILURES: list[tuple[str, Script, str, str, dict[str, Any]]] = [
     ("E9", says(HEAD + CHUNK, CHUNK[:25], then="fin"), " hi", "WORKER_RESET", {}),
     ("E9", says(HEAD + CHUNK[:-20], then="fin"), "", "WORKER_RESET", {}),
     ("E10", streams(TOKEN), " hi", "WORKER_RESET", {}),
-    ("E12", token_and_silence, " hi", "DECODE_TIMEOUT", {"timeouts": {"idle_s": 0.05}}),
-    ("E3", says(then="stall"), "", "DECODE_TIMEOUT", {"timeouts": {"first_token_s": 0.05}}),
+    ("E12", token_and_silence, " hi", "DECODE_TIMEOUT", {"timeouts": {"idle_s": 0.3}}),
+    ("E3", says(then="stall"), "", "DECODE_TIMEOUT", {"timeouts": {"first_token_s": 0.3}}),
     ("E15", says(b"SSH-2.0-OpenSSH_9.6\r\n"), "", "WORKER_RESET", {}),
     ("E16", streams(b'data: {"content":"\xff","stop":false}\n\n'), "", "WORKER_RESET", {}),
 ]

@@ -1,6 +1,7 @@
 """Event streams over HTTP: order, resuming, many readers, readers that do not read, engines that break."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -92,16 +93,23 @@ async def test_bytes_of_a_stream(held: FakeLlamaServer) -> None:
         await held.held[0].token("a\r\n\nevent: evil")
         await held.held[0].finish()
         await live.events(task)
-        bodies = []
-        for _ in range(2):
-            async with live.session.get(task["stream_url"]) as response:
-                bodies.append(await response.read())
+        request = f"GET {task['stream_url']} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode()
+        bodies = [(await live.raw(request)).partition(b"\r\n\r\n")[2] for _ in range(2)]
         assert bodies[0] == bodies[1]
         started, token, end, rest = bodies[0].split(b"\n\n")
         assert started == b'id: 0\nevent: started\ndata: {"queue_position":0}'
         assert token == b'id: 1\nevent: token\ndata: {"t":"a\\r\\n\\nevent: evil","i":0}'
         assert end.startswith(b'id: 2\nevent: end\ndata: {"tokens_out":1,')
         assert rest == b""
+
+
+async def test_the_connection_closes_after_the_last_event(fake_engine: FakeLlamaServer) -> None:
+    """The server closes it, so that a client that reads to the end needs no framing [MVP-033]."""
+    async with Live(fake_engine, {"http": {"idle_timeout_s": 600}}) as live:
+        task = await live.submit(max_tokens=1)
+        answer = await live.raw(f"GET {task['stream_url']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert b"\r\nConnection: close\r\n" in answer
+        assert answer.endswith(b"\r\n0\r\n\r\n")
 
 
 async def test_silence_is_filled_with_comments(held: FakeLlamaServer) -> None:
@@ -261,6 +269,7 @@ async def test_a_stalled_write_is_aborted(
         await eventually(lambda: live.orchestrator._reader_count == 1, "it does not read")
         await eventually(lambda: live.orchestrator._reader_count == 0, "it is not cut off")
         assert live.other_side(writer).is_closing()
+        monkeypatch.undo()
         assert len(text(await live.events(task))) == 8_000_000
 
 
@@ -279,19 +288,26 @@ async def test_a_reader_that_leaves_does_not_cancel(held: FakeLlamaServer) -> No
 
 
 async def test_a_task_that_lost_its_last_reader_can_be_cancelled(held: FakeLlamaServer) -> None:
-    """With `on_disconnect = "cancel"`, after the grace: not with another reader, not if never read [C1]."""
-    settings = {"stream": {"on_disconnect": "cancel", "disconnect_grace_s": 0.05}}
+    """With `on_disconnect = "cancel"`, after the grace: not with another reader, not if never read.
+
+    And not if one came back in time [C1].
+    """
+    settings = {"stream": {"on_disconnect": "cancel", "disconnect_grace_s": 0.3}}
     async with Live(held, settings) as live:
         running = await live.submit_held()
-        left, unread = await live.submit(), await live.submit()
-        async with live.stream(running) as reader:
+        left, unread, back = [await live.submit() for _ in range(3)]
+        async with live.stream(running) as reader, contextlib.AsyncExitStack() as later:
             await reader.next()
-            for task in (running, left):
+            for task in (back, running, left):
                 async with live.stream(task) as stream:
                     await stream.next()
+                await eventually(lambda: live.orchestrator._reader_count <= 2, "it has not left")
+                if task is back:
+                    await later.enter_async_context(live.stream(task))
             waiting = live.orchestrator.get(left["task_id"])
             await eventually(lambda: waiting.state.value == "cancelled", "nobody cancels it")
             assert (await live.snapshot(running))["state"] == "running"
+            assert (await live.snapshot(back))["state"] == "queued"
         async with asyncio.timeout(PATIENCE_S):
             await held.closed(1)
         assert (await live.snapshot(running))["state"] == "cancelled"

@@ -8,10 +8,11 @@ from unittest.mock import ANY
 
 import pytest
 
-from tests.fakes import Connection, FakeLlamaServer
+from tests.fakes import Connection, FakeLlamaServer, answers
 from tests.live import Live, eventually, names, refused
 
 PROFILES = pytest.mark.parametrize("profile", ["mvp", "home"])
+LONG = {"prompt": "word " * 1000, "max_tokens": 4000}  # only the engine can say whether it fits
 UNREADY = {"engine": "llamacpp", "retriable": True, "retry_after_ms": 2000}
 
 
@@ -238,25 +239,38 @@ async def test_max_tokens_not_given_is_what_the_context_leaves(fake_engine: Fake
 
 async def test_places_are_held_while_the_context_is_checked(fake_engine: FakeLlamaServer) -> None:
     """Tasks whose check still waits for the engine count as admitted, and give back what they held [C11]."""
-    fake_engine.script(stalled, stalled, path="/tokenize")
-    settings = {"queue": {"capacity": 1}, "timeouts": {"control_s": 0.3}}
-    async with Live(fake_engine, settings) as live:
-        long = {"prompt": "word " * 1000, "max_tokens": 4000}
-        checks = [asyncio.create_task(live.post(long)) for _ in range(2)]
+    go_on = asyncio.Event()
+
+    async def slow(connection: Connection) -> None:
+        await go_on.wait()
+        await connection.answer(200, {"tokens": [1] * 1000})
+
+    fake_engine.script(slow, slow, path="/tokenize")
+    async with Live(fake_engine, {"queue": {"capacity": 1}}) as live:
+        checks = [asyncio.create_task(live.post(LONG)) for _ in range(2)]
         await fake_engine.until(lambda: [r.path for r in fake_engine.requests].count("/tokenize") == 2)
         assert (await live.post()).body["code"] == "ADMISSION_REJECT"
-        for answer in await asyncio.gather(*checks):
-            refused(live, answer, 503, "POOL_UNAVAILABLE", **UNREADY)
-        await eventually(lambda: live.replica.dispatchable, "the pool did not recover")
+        go_on.set()
+        assert {answer.body["code"] for answer in await asyncio.gather(*checks)} == {"CONTEXT_OVERFLOW"}
         assert (await live.get("/v1/tasks")).body == {"tasks": []}
-        assert [(await live.post({"prompt": "a", "max_tokens": 1})).status for _ in range(2)] == [202, 202]
+        fake_engine.hold = True
+        assert [(await live.post()).status for _ in range(3)] == [202, 202, 429]
+
+
+@PROFILES
+async def test_a_check_that_the_engine_fails(fake_engine: FakeLlamaServer, profile: str) -> None:
+    """503 POOL_UNAVAILABLE, and nothing is left."""
+    fake_engine.script(answers(500, b"kaputt"), path="/tokenize")
+    async with Live(fake_engine, profile=profile) as live:
+        refused(live, await live.post(LONG), 503, "POOL_UNAVAILABLE", **UNREADY)
+        assert (await live.get("/v1/tasks")).body == {"tasks": []}
 
 
 async def test_a_client_that_leaves_during_the_check_leaves_nothing(fake_engine: FakeLlamaServer) -> None:
     """Its reservation is given back; no task is made [C1, C11]."""
     fake_engine.script(stalled, path="/tokenize")
     async with Live(fake_engine) as live:
-        body = json.dumps({"prompt": "word " * 1000, "max_tokens": 4000}).encode()
+        body = json.dumps(LONG).encode()
         async with live.connection() as (_, writer):
             writer.write(
                 b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -290,7 +304,7 @@ async def test_an_engine_that_is_gone_is_unavailable(fake_engine: FakeLlamaServe
         refused(live, await live.post(), 503, "POOL_UNAVAILABLE", **UNREADY)
         health = await live.health()
         assert (health["live"], health["ready"]) == (False, False)
-        assert "connect" in health["last_error"]
+        assert fake_engine.url in health["last_error"]
 
 
 async def test_a_misconfigured_engine_is_unavailable(fake_engine: FakeLlamaServer) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from llorch.config import env_name
-from tests.fakes import PATIENCE_S, Connection, FakeLlamaServer
+from tests.fakes import PATIENCE_S, Connection, FakeLlamaServer, answers
 from tests.live import Event, EventReader, names
 
 ROOT = Path(__file__).parent.parent
@@ -43,10 +43,9 @@ class Server:
                     return str(self.log[-1]["msg"])
         raise AssertionError(f"no line with {pattern!r}: {self.log}")
 
-    def signal(self, *numbers: signal.Signals) -> None:
-        """Send it these signals."""
-        for number in numbers:
-            self.process.send_signal(number)
+    def signal(self, number: signal.Signals) -> None:
+        """Send it this signal; of two at once the kernel may make one."""
+        self.process.send_signal(number)
 
     async def ended(self, code: int) -> None:
         """It has ended with `code`, and never said anything but log lines."""
@@ -115,7 +114,7 @@ async def serving(
         server = Server(process, session)
         try:
             if process.stdout is not None:
-                server.url = (await server.logged(" listens on ")).split()[4].rstrip(",")
+                server.url = (await server.logged("^llorch .* listens on ")).split()[4].rstrip(",")
             yield server
         finally:
             if process.returncode is None:
@@ -194,7 +193,28 @@ async def test_the_limit_of_open_files_is_raised(fake_engine: FakeLlamaServer) -
             status, refusal = await server.ask("GET", task["stream_url"])
             assert (status, refusal["code"]) == (503, "TOO_MANY_STREAMS")
             assert await server.ask("GET", "/health") == (200, {"status": "ok"})
-        server.signal(signal.SIGTERM, signal.SIGTERM)
+        await server.ask("POST", task["cancel_url"])
+        server.signal(signal.SIGTERM)
+        await server.ended(0)
+
+
+async def test_more_connections_than_files(fake_engine: FakeLlamaServer) -> None:
+    """Once files are free again it serves as before, by itself [C7]."""
+
+    def few_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+
+    async with serving(fake_engine, {"http.idle_timeout_s": 0.2}, preexec_fn=few_files) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        async with contextlib.AsyncExitStack() as connections:
+            for _ in range(80):
+                reader, writer = await asyncio.open_connection(*address)
+                connections.callback(writer.close)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await reader.read() == b""  # the last of them had its turn, too
+        async with server.stream(await server.submit(max_tokens=1)) as stream:
+            assert names(await stream.rest()) == "token end"
+        server.signal(signal.SIGTERM)
         await server.ended(0)
 
 
@@ -329,33 +349,73 @@ async def test_a_signal_while_a_cancelled_slot_drains(held: FakeLlamaServer) -> 
         await server.ended(0)
 
 
+async def flood(connection: Connection) -> None:
+    """More than sockets hold."""
+    for _ in range(800):
+        await connection.token("x" * 10_000)
+    await connection.final()
+
+
+def deaf_reader(server: Server, task: dict[str, Any]) -> socket.socket:
+    """A reader of the task's stream that takes nothing yet."""
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    deaf.sendall(f"GET {task['stream_url']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    deaf.setblocking(False)
+    return deaf
+
+
 async def test_a_reader_that_does_not_read_holds_up_no_stop(fake_engine: FakeLlamaServer) -> None:
     """It has a second to take its terminal event; then the process ends without it [P1, C3]."""
-
-    async def flood(connection: Connection) -> None:
-        for _ in range(800):
-            await connection.token("x" * 10_000)
-        await connection.final()
-
     fake_engine.script(flood)
     async with serving(fake_engine) as server:
-        task = await server.submit(max_tokens=4000)
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-            deaf.sendall(f"GET {task['stream_url']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        with deaf_reader(server, await server.submit(max_tokens=4000)):
             await server.logged("task completed")
             server.signal(signal.SIGTERM)
             await server.ended(0)
 
 
+async def test_a_slow_reader_still_gets_its_end(fake_engine: FakeLlamaServer) -> None:
+    """The stop waits for readers that take what they have not read yet [P1, C3]."""
+    fake_engine.script(flood)
+    loop = asyncio.get_running_loop()
+    async with serving(fake_engine, code="from llorch import server; server.READERS_LEAVE_S = 30") as server:
+        with deaf_reader(server, await server.submit(max_tokens=4000)) as slow:
+            await server.logged("task completed")
+            server.signal(signal.SIGTERM)
+            await server.logged("stopping")
+            last = b""
+            async with asyncio.timeout(PATIENCE_S):
+                while block := await loop.sock_recv(slow, 2**16):
+                    last = last[-200:] + block
+            assert b"event: end\n" in last
+        await server.ended(0)
+
+
+async def test_a_stop_during_a_probe_is_quiet(fake_engine: FakeLlamaServer) -> None:
+    """It does not look like an engine that fails: no line about readiness [P1, MVP-070]."""
+
+    async def silent(connection: Connection) -> None:
+        await connection.stall()
+
+    fake_engine.script(answers(200, {"status": "ok"}), silent, path="/health")
+    async with serving(fake_engine) as server:
+        await fake_engine.until(lambda: [r.path for r in fake_engine.requests].count("/health") == 2)
+        server.signal(signal.SIGTERM)
+        await server.ended(0)
+        assert [line["event"] for line in server.log][-3:] == ["start", "stop", "stop"]
+
+
 # -- what goes wrong -------------------------------------------------------------------------------
 
 BUG = """
-import asyncio
+import asyncio, signal
 from llorch.replica import Replica
+planted = []
+signal.signal(signal.SIGUSR1, lambda *_: planted.append(1))
 async def buggy(self):
-    while not self.leases:
+    while not planted:
         await asyncio.sleep(0.01)
     raise ZeroDivisionError("a planted bug")
 Replica.{method} = buggy
@@ -366,10 +426,11 @@ Replica.{method} = buggy
 async def test_a_bug_in_what_keeps_a_pool_at_work(held: FakeLlamaServer, method: str) -> None:
     """The process stops, exit code 1, so that systemd starts another; its readers are told [P6]."""
     async with serving(held, code=BUG.format(method=method)) as server:
-        running = await server.submit()
-        async with server.session.get(f"{server.url}{running['stream_url']}") as response:
-            events = await EventReader(response).rest()
-            assert (names(events), code_of(events)) == ("started error", "WORKER_RESET")
+        async with server.stream(await server.submit()) as stream:
+            await held.started(1)
+            server.signal(signal.SIGUSR1)
+            events = await stream.rest()
+            assert (names(events), code_of(events)) == ("error", "WORKER_RESET")
         await server.ended(1)
         [critical] = [line for line in server.log if line["level"] == "critical"]
         assert critical["event"] == "bug"
