@@ -24,7 +24,7 @@ STOP_S = 20.0
 KEPT_FAULTS = 20
 
 _BAD_LEVEL = re.compile(rb'"level":"(?:error|critical)"')
-_ADDRESS = re.compile(r"listens on http://(?P<host>[^:]+):(?P<port>\d+)")
+_ADDRESS = re.compile(r"llorch \S+ listens on http://(?P<host>[^:]+):(?P<port>\d+)")
 
 
 class Child:
