@@ -30,7 +30,7 @@ PROBE_INTERVAL_S = 5.0
 LOADING_POLL_S = (0.25, 2.0)
 BREAKER_FAILURES = 5
 BREAKER_POLL_S = 10.0
-DRAIN_POLL_S = 0.1
+DRAIN_POLL_S = (0.02, 0.1)
 SELF_TEST_S = 30.0
 
 SelfTest = Callable[[Engine, int], Awaitable[Verdict]]
@@ -360,11 +360,13 @@ class Replica:
         and at least 100 ms apart (a request not yet picked up reads as idle), or the engine refuses
         connections.
         """
+        poll_s, most_s = DRAIN_POLL_S
         while True:
             if self.stuck is not None and not self.draining:
                 self._set_stuck(None)
                 await self._wake_waiters()
             if not self.draining:
+                poll_s = DRAIN_POLL_S[0]
                 self._drain_now.clear()
                 await self._drain_now.wait()
             pending = {lease for lease in self.leases if lease.draining}
@@ -383,7 +385,8 @@ class Replica:
                     self._let_go(lease)
             if self.draining:
                 self._check_overdue()
-                await asyncio.sleep(DRAIN_POLL_S)
+                await asyncio.sleep(most_s if idle else poll_s)
+                poll_s = min(2 * poll_s, most_s)
 
     async def _look_idle(self) -> bool:
         """Whether the engine is at work for live leases alone.
@@ -393,9 +396,9 @@ class Replica:
         """
         answered = {lease for lease in self.leases if lease.answered and not lease.draining}
         busy_slots = await self.engine.busy_slots()
-        if not busy_slots:
-            return True
-        await asyncio.sleep(DRAIN_POLL_S)
+        if not busy_slots or busy_slots > len(answered):
+            return not busy_slots
+        await asyncio.sleep(DRAIN_POLL_S[1])
         at_work = {lease for lease in answered & self.leases if not lease.draining}
         return busy_slots <= len(at_work)
 

@@ -157,7 +157,7 @@ class Live:
 
     async def __aenter__(self) -> "Live":
         self._before = asyncio.all_tasks()
-        self._open.enter_context(patch.object(replica, "DRAIN_POLL_S", 0.002))
+        self._open.enter_context(patch.object(replica, "DRAIN_POLL_S", (0.001, 0.002)))
         self._open.enter_context(patch.object(server.Protocol, "connection_made", self._connected))
         sock = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.port = sock.getsockname()[1]
