@@ -181,7 +181,7 @@ def load(
     for source, key, raw in _overrides(env or {}, flags or {}):
         config = _override(config, source, key, raw, faults)
     if not faults:
-        config = _with_secrets_read(config, faults)
+        config = _with_secrets_read(config, env or {}, faults)
         _check(config, faults)
     if faults:
         raise ConfigError(faults)
@@ -344,20 +344,25 @@ def _override(config: Config, source: str, key: str, raw: Any, faults: list[str]
 # -- what no type can say -------------------------------------------------------------------------
 
 
-def _with_secrets_read(config: Config, faults: list[str]) -> Config:
+def _with_secrets_read(config: Config, env: Mapping[str, str], faults: list[str]) -> Config:
+    credentials = env.get(
+        "CREDENTIALS_DIRECTORY"
+    )  # systemd's, closed to others; its ACL reads as a group's mode
     for table, inline, file in _FILE_PAIRS:
         section = getattr(config, table)
         path = getattr(section, file)
         if path and getattr(section, inline):
             faults.append(f"{table}.{file}: give it or {table}.{inline}, not both")
-        elif path and (secret := _read_secret(f"{table}.{file}", Path(path), faults)) is not None:
+            continue
+        forbidden = 0o007 if credentials and Path(path).parent == Path(credentials) else 0o077
+        if path and (secret := _read_secret(f"{table}.{file}", Path(path), forbidden, faults)) is not None:
             config = msgspec.structs.replace(
                 config, **{table: msgspec.structs.replace(section, **{inline: secret})}
             )
     return config
 
 
-def _read_secret(key: str, path: Path, faults: list[str]) -> str | None:
+def _read_secret(key: str, path: Path, forbidden_mode: int, faults: list[str]) -> str | None:
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -369,7 +374,7 @@ def _read_secret(key: str, path: Path, faults: list[str]) -> str | None:
     except ValueError:
         faults.append(f"{key}: not the name of a file, got {str(path)!r}")
     else:
-        if mode & 0o077:
+        if mode & forbidden_mode:
             faults.append(f"{key}: others can read {path} (mode {mode:04o}): chmod 600 {path}")
         elif not secret:
             faults.append(f"{key}: {path} is empty")

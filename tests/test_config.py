@@ -232,6 +232,18 @@ def test_a_token_file_that_others_can_read_is_refused(tmp_path: Path, mode: int)
     ]
 
 
+def test_a_systemd_credential_is_accepted(tmp_path: Path) -> None:
+    """Its folder is closed to others, and the ACL that lets the service read it shows as a group's mode."""
+    path = secret_file(tmp_path, mode=0o440)
+    flags = {"auth.token_file": str(path)}
+    assert load(env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, flags=flags).auth.token == TOKEN
+    with pytest.raises(ConfigError, match="others can read"):
+        load(env={"CREDENTIALS_DIRECTORY": str(tmp_path / "another")}, flags=flags)
+    path.chmod(0o444)
+    with pytest.raises(ConfigError, match="others can read"):
+        load(env={"CREDENTIALS_DIRECTORY": str(tmp_path)}, flags=flags)
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o400])
 def test_a_token_file_of_ones_own_is_accepted(tmp_path: Path, mode: int) -> None:
     """Owner rights alone, with or without writing."""
