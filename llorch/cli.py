@@ -14,7 +14,7 @@ import msgspec
 import tomli_w
 
 from llorch import __version__
-from llorch.config import SECRET_KEYS, Config, ConfigError, env_name, load
+from llorch.config import SECRET_KEYS, Config, ConfigError, env_name, load, unknown_variables
 from llorch.server import EXIT_CONFIG, StartError, serve
 
 DEFAULT_CONFIG = Path("config.toml")
@@ -108,6 +108,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _check_config(options: argparse.Namespace) -> int:
     path = _config_file(options)
     config = load(path, os.environ)
+    _complain(*unknown_variables(os.environ))
     if options.print:
         _say(tomli_w.dumps(_shown(config)).rstrip("\n"))
     else:

@@ -434,3 +434,13 @@ def test_a_file_name_that_is_no_text_is_told_escaped(workplace: Path) -> None:
     assert (made.returncode, made.stderr) == (0, "")
     assert (checked.returncode, checked.stderr) == (0, "")
     assert checked.stdout == "\\udcff.toml: good\n"
+
+
+def test_check_config_tells_a_slip_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variable that names no key is told on stderr; the configuration is good without it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLORCH_AUTH_TOKN", "x")
+    assert main(["check-config"]) == 0
+    assert "LLORCH_AUTH_TOKN: no such key, did you mean LLORCH_AUTH_TOKEN?" in capsys.readouterr().err
