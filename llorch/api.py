@@ -5,7 +5,6 @@ orchestrator's. Refusals are raised as types and answered in one place, `answer_
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import re
@@ -16,8 +15,6 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_writer import StreamWriter
-from aiohttp_sse import EventSourceResponse
 
 from llorch import wire
 from llorch.errors import (
@@ -33,11 +30,9 @@ from llorch.errors import (
 )
 from llorch.orchestrator import Orchestrator
 from llorch.security import Gate, check_ticket
-from llorch.task import Task
+from llorch.streams import write_events
 
 log = logging.getLogger("llorch.api")
-
-STALLED_WRITE_S = 120.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -227,7 +222,7 @@ async def stream_task(request: web.Request) -> web.StreamResponse:
     if position is None:
         return web.Response(status=204)
     with orchestrator.reading(task):
-        return await _write_events(request, task, position)
+        return await write_events(request, task.log, position, request.app[SETTINGS].heartbeat_s)
 
 
 async def no_such_route(request: web.Request) -> web.StreamResponse:
@@ -314,36 +309,3 @@ async def _expect_no_body(request: web.Request) -> None:
 def _last_event_id(request: web.Request) -> int | None:
     given = request.headers.get("Last-Event-ID", request.query.get("last_event_id", ""))
     return int(given) if _EVENT_ID.fullmatch(given) else None
-
-
-async def _write_events(request: web.Request, task: Task, position: int) -> web.StreamResponse:
-    """Write what is ready, wait for more, until the terminal event; a stalled reader is cut off.
-
-    Each batch goes out in one write of at most 16 KiB, and only when the transport holds nothing: so little
-    is ever past recall.
-    """
-    response = EventSourceResponse(
-        sep="\n", ping_interval=request.app[SETTINGS].heartbeat_s, send_timeout=STALLED_WRITE_S
-    )
-    response.headers["Connection"] = "close"
-    response.force_close()
-    writer = await response.prepare(request)
-    transport = request.transport
-    if transport is None:
-        return response  # the reader has gone
-    assert isinstance(writer, StreamWriter)
-    transport.set_write_buffer_limits(high=0)
-    try:
-        async with response, contextlib.aclosing(task.log.follow(position)) as batches:
-            async for batch in batches:
-                await writer.write(b"".join(batch), drain=False)
-                if request.protocol.writing_paused:
-                    async with asyncio.timeout(STALLED_WRITE_S):
-                        await writer.drain()
-        async with asyncio.timeout(STALLED_WRITE_S):
-            await response.write_eof()
-    except TimeoutError:
-        transport.abort()
-    except ConnectionError:
-        pass  # the reader has gone
-    return response

@@ -5,7 +5,7 @@ are the same call, no reader misses an event, and a slow one costs nobody anythi
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 MAX_BATCH_BYTES = 16 * 1024
 
@@ -16,13 +16,13 @@ class EventLog:
     `append` and `seal` are plain and atomic. After `seal` nothing can be appended.
     """
 
-    __slots__ = ("_end", "_end_id", "_frames", "_waiters", "size_bytes")
+    __slots__ = ("_end", "_end_id", "_frames", "_watchers", "size_bytes")
 
     def __init__(self) -> None:
         self._frames: list[bytes] = []
         self._end: bytes | None = None
         self._end_id = 0
-        self._waiters: list[asyncio.Future[None]] = []
+        self._watchers: list[Callable[[], None]] = []
         self.size_bytes = 0
 
     @property
@@ -36,13 +36,13 @@ class EventLog:
         return self._end is not None
 
     def append(self, frame: bytes) -> None:
-        """Add a frame and wake every reader. Raises RuntimeError once sealed."""
+        """Add a frame and tell every reader. Raises RuntimeError once sealed."""
         if self._end is not None:
             raise RuntimeError("append to a sealed log")
         self._frames.append(frame)
         self.size_bytes += len(frame)
-        if self._waiters:
-            self._wake()
+        for changed in self._watchers:
+            changed()
 
     def seal(self, end: bytes, *, recall: bool = False) -> None:
         """Add the terminal frame. Raises RuntimeError once sealed.
@@ -57,7 +57,8 @@ class EventLog:
             del self._frames[1:]
             self.size_bytes = sum(map(len, self._frames))
         self.size_bytes += len(end)
-        self._wake()
+        for changed in self._watchers:
+            changed()
 
     def resume(self, last_event_id: int | None) -> int | None:
         """The position after `last_event_id`, or None at or past the terminal event.
@@ -85,29 +86,27 @@ class EventLog:
             return batch, self._end_id + 1
         return batch, max(position, len(self._frames))
 
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called in the very step of every change; it may schedule, and must not raise."""
+        self._watchers.append(changed)
+
+    def unwatch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` no more."""
+        self._watchers.remove(changed)
+
     async def follow(self, position: int = 0) -> AsyncGenerator[list[bytes], None]:
         """Yield what is ready from `position` on, as batches, until the terminal frame was handed out."""
-        while True:
-            batch, position = self.read(position)
-            if batch:
-                yield batch
-            elif self._end is not None:
-                return
-            else:
-                await self._changed()
-
-    async def _changed(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        changed = asyncio.Event()
+        self.watch(changed.set)
         try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter in self._waiters:  # a reader that leaves; after a wake the list is another
-                self._waiters.remove(waiter)
-            raise
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            while True:
+                batch, position = self.read(position)
+                if batch:
+                    yield batch
+                elif self._end is not None:
+                    return
+                else:
+                    changed.clear()
+                    await changed.wait()
+        finally:
+            self.unwatch(changed.set)

@@ -50,6 +50,11 @@ class Error(msgspec.Struct, frozen=True, omit_defaults=True):
 _encoder = msgspec.json.Encoder()
 
 
+def token_frame(event_id: int, text: str, index: int) -> bytes:
+    """The same as `frame(event_id, Token(text, index))`, for the event that there are most of."""
+    return b'id: %d\nevent: token\ndata: {"t":%b,"i":%d}\n\n' % (event_id, _encoder.encode(text), index)
+
+
 def frame(event_id: int, event: Started | Token | End | Error) -> bytes:
     """The bytes of one SSE frame."""
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (event_id, event.event, _encoder.encode(event))

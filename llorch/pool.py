@@ -16,7 +16,6 @@ import msgspec
 
 from llorch.admission import AdmissionQueue, Reservation
 from llorch.engine import (
-    Chunk,
     Engine,
     EngineBroken,
     EngineFailure,
@@ -24,6 +23,7 @@ from llorch.engine import (
     EngineMisconfigured,
     EngineRefused,
     EngineStalled,
+    Final,
     Generation,
 )
 from llorch.errors import (
@@ -47,6 +47,7 @@ log = logging.getLogger("llorch.pool")
 
 TEMPLATE_SLACK_TOKENS = 8
 RETRY_JITTER_S = (0.05, 0.25)
+MAX_IDLE_SLACK_S = 1.0
 NOT_DETERMINISTIC = "this engine gave the same seed two different texts"
 
 
@@ -336,8 +337,11 @@ class Pool:
         self, task: Task, lease: Lease, generation: Generation, started: float
     ) -> EngineFailure | None:
         """Generate once; None when the task has ended, else what went wrong."""
-        settings, loop = self.settings, asyncio.get_running_loop()
+        settings = self.settings
         wall = started + settings.wall_s
+        slack_s = min(MAX_IDLE_SLACK_S, settings.idle_s / 16)
+        renew_at = 0.0
+        silence = f"no token for {settings.idle_s:g} s, or over {settings.wall_s:g} s in all"
         phase = f"no token within {settings.first_token_s:g} s of dispatch"
         try:
             async with asyncio.timeout_at(min(started + settings.first_token_s, wall)) as deadline:
@@ -347,11 +351,16 @@ class Pool:
                         lease.answered = True
                         if chunk.begun:
                             continue
-                        if self._take(task, lease, chunk):
+                        if chunk.texts:
+                            task.tokens(chunk.texts)
+                        if chunk.final is not None:
+                            self._complete(task, lease, chunk.final)
                             return None
-                        self.replica.progress()
-                        phase = f"no token for {settings.idle_s:g} s, or over {settings.wall_s:g} s in all"
-                        deadline.reschedule(min(loop.time() + settings.idle_s, wall))
+                        if (now := task.now()) >= renew_at:  # not for each token: moving a timer is dear
+                            renew_at = now + slack_s
+                            self.replica.progress()
+                            phase = silence
+                            deadline.reschedule(min(renew_at + settings.idle_s, wall))
         except EngineFailure as failure:
             lease.sent = failure.sent
             return failure
@@ -359,17 +368,11 @@ class Pool:
             return EngineStalled(phase)
         return EngineBroken("the engine's stream ended without its final frame")
 
-    def _take(self, task: Task, lease: Lease, chunk: Chunk) -> bool:
-        """Hand a chunk to the task; True when the task has ended and the lease is closed."""
-        for text in chunk.texts:
-            task.token(text)
-        if chunk.final is None:
-            return False
-        final = chunk.final
+    def _complete(self, task: Task, lease: Lease, final: Final) -> None:
+        """Give the slot back, and with it the next task its start, before the readers get their end."""
         self.estimate.record(asyncio.get_running_loop().time() - lease.since)
         lease.close(clean=True)
         task.complete(final.finish_reason, tokens_out=final.tokens_out, tokens_in=final.tokens_in)
-        return True
 
     async def _wait_to_retry(self, lease: Lease, failure: EngineFailure, started: float) -> bool:
         """Wait on the same lease until the engine can be tried again; False if that comes too late."""

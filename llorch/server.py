@@ -21,11 +21,12 @@ from aiohttp import web
 
 from llorch import __version__, gpu, journal, logs, sdnotify, selftest
 from llorch.adapters.llamacpp import LlamaCpp
-from llorch.api import STALLED_WRITE_S, ApiSettings, make_app
+from llorch.api import ApiSettings, make_app
 from llorch.config import SECRET_KEYS, Address, Config, parse_address, unknown_variables
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.pool import Pool, PoolSettings
 from llorch.security import Gate
+from llorch.streams import STALLED_WRITE_S
 
 log = logging.getLogger("llorch.server")
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from llorch.eventlog import EventLog
-from llorch.events import End, Error, FinishReason, Started, Token, frame
+from llorch.events import End, Error, FinishReason, Started, frame, token_frame
 
 Priority = Literal["interactive", "batch"]
 Determinism = Literal["strict", "best_effort"]
@@ -235,16 +235,23 @@ class Task:
         self.started_at = self.now()
         return self._move(State.RUNNING)
 
-    def token(self, text: str) -> bool:
-        """Append one token; False, and nothing appended, unless the task is RUNNING."""
+    def tokens(self, texts: list[str]) -> bool:
+        """Append a token for each text, all in one step; False, and nothing appended, unless RUNNING."""
         if self.state is not State.RUNNING:
             return False
         self.last_token_at = self.now()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
-        self.log.append(frame(self.log.next_id, Token(text, self.tokens_out)))
-        self.tokens_out += 1
+        log, event_id = self.log, self.log.next_id
+        for text in texts:
+            log.append(token_frame(event_id, text, self.tokens_out))
+            self.tokens_out += 1
+            event_id += 1
         return True
+
+    def token(self, text: str) -> bool:
+        """Append one token; False, and nothing appended, unless RUNNING."""
+        return self.tokens([text])
 
     def complete(
         self, finish_reason: FinishReason, *, tokens_out: int | None = None, tokens_in: int | None = None

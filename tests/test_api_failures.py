@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llorch.task import Task
 from tests.fakes import Connection, FakeLlamaServer, Script, answers, error, says, streams
 from tests.live import Live, eventually, names, text
 
@@ -135,7 +136,7 @@ async def test_a_bug_while_running_a_task(
 
     async with Live(fake_engine) as live:
         with monkeypatch.context() as patch:
-            patch.setattr(live.pool, "_take", buggy)
+            patch.setattr(Task, "tokens", buggy)
             events = await live.events(await live.submit())
         assert names(events) == "started error"
         assert (events[-1].data["code"], events[-1].data["retriable"]) == ("INTERNAL", False)

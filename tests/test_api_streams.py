@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llorch import api
+from llorch import streams
 from tests.fakes import PATIENCE_S, Connection, FakeLlamaServer
 from tests.live import Event, Live, eventually, names, refused, text
 
@@ -260,7 +260,7 @@ async def test_a_stalled_write_is_aborted(
     fake_engine: FakeLlamaServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that takes nothing for a while is cut off, and no longer counts [C3]."""
-    monkeypatch.setattr(api, "STALLED_WRITE_S", 0.05)
+    monkeypatch.setattr(streams, "STALLED_WRITE_S", 0.05)
     fake_engine.script(flooding(8))
     async with Live(fake_engine) as live, live.connection(receive_buffer=4096) as (_, writer):
         writer.transport.pause_reading()

@@ -10,8 +10,8 @@ import llorch
 ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
-    health replica pool orchestrator adapters.sse adapters.llamacpp gpu logs sdnotify security wire api
-    journal server cli __main__
+    health replica pool orchestrator adapters.sse adapters.llamacpp gpu logs sdnotify security wire streams
+    api journal server cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")
@@ -23,6 +23,7 @@ BLIND = {  # what a module knows nothing of, though the order alone would allow 
     "replica": {"aiohttp", "admission"},
     "adapters.llamacpp": {"pool", "replica", "admission", "orchestrator"},
     "security": {"aiohttp", "orchestrator", "pool", "task"},
+    "streams": {"task", "orchestrator", "pool"},
     "api": {"admission", "engine", "pool", "replica"},
     "journal": {"aiohttp", "api", "orchestrator"},
 }

@@ -252,14 +252,14 @@ async def test_a_reader_that_leaves_is_forgotten() -> None:
     await settled()
     readers[0].work.cancel()
     await settled()
-    assert len(log._waiters) == 2
+    assert len(log._watchers) == 2
     log.append(b"a")
     readers[1].work.cancel()  # woken, and gone before it looked
     await settled()
-    assert len(log._waiters) == 1
+    assert len(log._watchers) == 1
     log.seal(END)
     await asyncio.wait({reader.work for reader in readers})
-    assert (readers[2].got, log._waiters) == ([STARTED, b"a", END], [])
+    assert (readers[2].got, log._watchers) == ([STARTED, b"a", END], [])
 
 
 @virtual_time
@@ -270,4 +270,4 @@ async def test_a_reader_that_does_not_wait_any_more_is_not_in_the_way() -> None:
     await anext(follow)
     await follow.aclose()
     log.append(b"a")
-    assert log._waiters == []
+    assert log._watchers == []

@@ -273,7 +273,7 @@ async def test_secrets_of_a_whole_life(
             assert (await live.post({"prompt": CANARY})).status == 500
         with monkeypatch.context() as patch:
             fake_engine.hold = False
-            patch.setattr(live.pool, "_take", lambda *_: int(CANARY))
+            patch.setattr(live.pool, "_complete", lambda *_: int(CANARY))
             await live.events(await live.submit(prompt=CANARY))
     assert {"bug", "refused", "completed", "cancelled"} <= {line["event"] for line in journal.lines()}
     assert CANARY not in journal.text

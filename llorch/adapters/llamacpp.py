@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import aiohttp
 import msgspec
+from msgspec import UNSET
 from yarl import URL
 
 from llorch.adapters.sse import EventTooLong, ServerEvent, SseParser
@@ -61,12 +62,12 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class _Event(msgspec.Struct):
-    content: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType = UNSET
     stop: bool = False
     stop_type: str = "none"
     tokens_predicted: _Count = 0
     tokens_evaluated: _Count = 0
-    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    error: msgspec.Raw | msgspec.UnsetType = UNSET
 
 
 class _ErrorBody(msgspec.Struct):
@@ -151,13 +152,21 @@ class LlamaCpp:
                     raise EngineBroken("/completion answered no event stream", detail=response.content_type)
                 yield BEGUN  # the engine sends its headers when a slot takes the prompt
                 parser = SseParser(MAX_EVENT_BYTES)
-                async for block in response.content.iter_any():
-                    for chunk in _chunks(parser.feed(block)):
-                        if chunk.final is not None:
-                            response.close()
-                            yield chunk
-                            return
+                while block := await response.content.readany():
+                    if (text := _one_token(block)) and parser.between_events:
+                        yield Chunk([text])
+                        continue
+                    if not (events := parser.feed(block)):
+                        continue
+                    chunk, broken = _chunk(events)
+                    if chunk.final is not None:
+                        response.close()
                         yield chunk
+                        return
+                    if chunk.texts or broken is None:
+                        yield chunk
+                    if broken is not None:
+                        raise broken
         raise EngineBroken("the engine's stream ended without its final frame")
 
     # -- control ------------------------------------------------------------------------------
@@ -284,27 +293,33 @@ def _completion_body(generation: Generation) -> bytes:
     return msgspec.json.encode(body)
 
 
-def _chunks(events: list[ServerEvent]) -> Iterator[Chunk]:
-    """All events of one read in one chunk; what comes after the final one is nobody's.
-
-    Raises EngineBroken at a bad one, once the texts before it are handed on.
-    """
-    texts: list[str] = []
+def _one_token(block: bytes) -> str | None:
+    """The text, if `block` is one whole event of one token and nothing else, as it nearly always is."""
+    if block[:6] != b"data: " or block.find(b"\n") != len(block) - 2 or block[-1] != 10 or b"\r" in block:
+        return None
     try:
-        for event in events:
+        said = _decode_event(block[6:-2])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None  # the parser says what is wrong
+    if said.stop or said.error is not UNSET or said.content is UNSET:
+        return None
+    return said.content
+
+
+def _chunk(events: list[ServerEvent]) -> tuple[Chunk, EngineBroken | None]:
+    """All events of one read in one chunk, up to the final one; and what is wrong with the next, if it is."""
+    texts: list[str] = []
+    for event in events:
+        try:
             said = _said(event)
-            if said.content:
-                texts.append(said.content)
-            if said.stop:
-                reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
-                yield Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated))
-                return
-    except EngineBroken:
-        if texts:
-            yield Chunk(texts)
-        raise
-    if events:
-        yield Chunk(texts)
+        except EngineBroken as broken:
+            return Chunk(texts), broken
+        if said.content:
+            texts.append(said.content)
+        if said.stop:
+            reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
+            return Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated)), None
+    return Chunk(texts), None
 
 
 def _said(event: ServerEvent) -> _Event:
@@ -312,9 +327,9 @@ def _said(event: ServerEvent) -> _Event:
         said = _decode_event(event.data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EngineBroken("an event that is not what the engine sends", detail=str(error)) from error
-    if event.name == b"error" or said.error is not msgspec.UNSET:
+    if event.name == b"error" or said.error is not UNSET:
         raise EngineBroken("the engine reported an error", detail=_error_text(event.data))
-    if said.content is msgspec.UNSET and not said.stop:
+    if said.content is UNSET and not said.stop:
         raise EngineBroken("an event without content")
     return said
 

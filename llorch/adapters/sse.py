@@ -55,6 +55,11 @@ class SseParser:
             self._line(line, events)
         return events
 
+    @property
+    def between_events(self) -> bool:
+        """Whether nothing is open: the next block begins a new event."""
+        return not (self._partial or self._data or self._name or self._ended_in_cr)
+
     def _hold(self, part: bytes) -> None:
         self._partial += part
         if len(self._partial) > self._max:

@@ -52,12 +52,10 @@ def cancel_recalls_nothing(self: EventLog, end: bytes, *, recall: bool = False) 
     _seal(self, end)
 
 
-@plant(EventLog, "_wake")
-def only_one_reader_is_woken(self: EventLog) -> None:
-    if self._waiters:
-        waiter = self._waiters.pop(0)
-        if not waiter.done():
-            waiter.set_result(None)
+@plant(EventLog, "seal")
+def only_one_reader_is_told_of_the_end(self: EventLog, end: bytes, *, recall: bool = False) -> None:
+    with patch.object(self, "_watchers", self._watchers[:1]):
+        _seal(self, end, recall=recall)
 
 
 @plant(EventLog, "follow")

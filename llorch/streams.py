@@ -1,0 +1,102 @@
+"""The writer of event streams: from a task's log to one client's socket.
+
+The one rule: what is ready goes out in one write of at most 16 KiB, and only when the transport holds
+nothing; so little is ever past recall, and a slow reader costs nobody anything.
+"""
+
+import asyncio
+import logging
+from typing import cast
+
+from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_writer import StreamWriter
+from aiohttp_sse import EventSourceResponse
+
+from llorch.eventlog import EventLog
+
+logger = logging.getLogger("llorch.streams")
+
+STALLED_WRITE_S = 120.0
+
+
+class _Reader:
+    """A place in a log, and the transport that gets what comes after it.
+
+    Tokens are written in the step that appends them, without waking a coroutine; `noticed` is set when one is
+    needed: where the transport is full, and at the end.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        position: int,
+        protocol: BaseProtocol,
+        transport: asyncio.Transport,
+        *,
+        chunked: bool,
+    ) -> None:
+        self.noticed = asyncio.Event()
+        self.stalled = False
+        self.ended = False
+        self._log, self._position, self._chunked = log, position, chunked
+        self._protocol, self._transport = protocol, transport
+
+    def changed(self) -> None:
+        """The log has more. Its end is written a turn later: the slot's next task goes first."""
+        if self._log.sealed:
+            asyncio.get_running_loop().call_soon(self.write)
+        else:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is ready, until that is all or the transport is full. Lets no exception out."""
+        log, transport = self._log, self._transport
+        try:
+            while self._position < log.next_id and not self.stalled and not transport.is_closing():
+                batch, self._position = log.read(self._position)
+                block = b"".join(batch)
+                transport.write(b"%x\r\n%b\r\n" % (len(block), block) if self._chunked else block)
+                self.stalled = self._protocol.writing_paused
+            self.ended = log.sealed and self._position >= log.next_id
+        except Exception:
+            logger.exception("a bug cut off a reader", extra={"event": "bug"})
+            transport.abort()
+        if self.stalled or self.ended:
+            self.noticed.set()
+
+
+async def write_events(
+    request: web.Request, log: EventLog, position: int, heartbeat_s: float
+) -> web.StreamResponse:
+    """Send `log` from `position` on until its terminal event was written; a stalled reader is cut off."""
+    response = EventSourceResponse(sep="\n", ping_interval=heartbeat_s, send_timeout=STALLED_WRITE_S)
+    response.headers["Connection"] = "close"
+    response.force_close()
+    writer = cast(StreamWriter, await response.prepare(request))
+    transport = request.transport
+    if transport is None:
+        return response  # the reader has gone
+    transport.set_write_buffer_limits(high=0)
+    reader = _Reader(log, position, request.protocol, transport, chunked=writer.chunked)
+    log.watch(reader.changed)
+    try:
+        async with response:
+            reader.write()
+            while not reader.ended:
+                await reader.noticed.wait()
+                reader.noticed.clear()
+                if reader.stalled:
+                    async with asyncio.timeout(STALLED_WRITE_S):
+                        await writer.drain()
+                    reader.stalled = False
+                    reader.write()
+        async with asyncio.timeout(STALLED_WRITE_S):
+            await response.write_eof()
+    except TimeoutError:
+        transport.abort()
+    except ConnectionError:
+        pass  # the reader has gone
+    finally:
+        log.unwatch(reader.changed)
+    return response
