@@ -272,6 +272,11 @@ async def _read_body(request: web.Request, settings: ApiSettings) -> bytes:
 
 
 async def _bounded(request: web.Request, limit: int, timeout_s: float) -> bytes:
+    if request.content.is_eof() and request.content.exception() is None:  # all of it came with the headers
+        whole = request.content.read_nowait()
+        if len(whole) <= limit:
+            return whole
+        raise BodyTooLarge(f"the body has over {limit} bytes (http.max_body_bytes)")
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):

@@ -123,6 +123,10 @@ class Engine(Protocol):
         """Stream a generation, from `BEGUN` to a `final`. Closing the iterator closes the connection."""
         ...
 
+    def keep_spare(self, wanted: bool) -> None:
+        """Told whether tasks wait for a slot, so that the next generation can be prepared. Plain, cheap."""
+        ...
+
     async def tokenize(self, text: str) -> int:
         """The number of tokens of `text`, special ones included."""
         ...

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import msgspec
@@ -238,9 +238,9 @@ class Pool:
         task.admit(position, predicted)
         self.dispatch()
 
-    def _running_s(self) -> list[float]:
+    def _running_s(self) -> Iterator[float]:
         now = asyncio.get_running_loop().time()
-        return [now - lease.since for lease in self.replica.leases]
+        return (now - lease.since for lease in self.replica.leases)
 
     def _queue_full(self, message: str) -> QueueFull:
         head = self.queue.head
@@ -264,6 +264,7 @@ class Pool:
                 self._fail_strict()
             while not self.stopping and (head := self.queue.head) is not None and self._start(head):
                 pass
+            self.engine.keep_spare(not self.stopping and self.queue.head is not None)
         finally:
             self._dispatching = False
 

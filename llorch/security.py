@@ -4,6 +4,7 @@ The one rule: every check works on headers as they came, before anything is stor
 constant time on bytes.
 """
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -66,16 +67,7 @@ class Gate:
 
     def _is_own(self, name: str) -> bool:
         """Whether `name` is this machine: by name, or as an IP literal in canonical form."""
-        if name.startswith("[") or ":" in name:
-            try:
-                ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]"))
-            except ValueError:
-                return False
-            return True
-        try:
-            return str(ipaddress.IPv4Address(name)) == name
-        except ValueError:
-            return name.lower() in self._own_names
+        return _is_ip_literal(name) or name.lower() in self._own_names
 
     def _forbid_host(self, host: str) -> NoReturn:
         raise ForbiddenHost(
@@ -163,3 +155,15 @@ def _is_proxied(headers: Headers) -> bool:
     """Whether a reverse proxy passed this on: then its peer is the proxy, not the client."""
     names = (name.lower() for name in headers)
     return any(name in _FORWARDING or name.startswith(_FORWARDING_PREFIXES) for name in names)
+
+
+@functools.lru_cache(maxsize=128)
+def _is_ip_literal(name: str) -> bool:
+    """Whether `name` is an IPv6 address, in brackets or not, or an IPv4 address in canonical form."""
+    try:
+        if name.startswith("[") or ":" in name:
+            ipaddress.IPv6Address(name.removeprefix("[").removesuffix("]"))
+            return True
+        return str(ipaddress.IPv4Address(name)) == name
+    except ValueError:
+        return False

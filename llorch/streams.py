@@ -23,8 +23,8 @@ STALLED_WRITE_S = 120.0
 class _Reader:
     """A place in a log, and the transport that gets what comes after it.
 
-    Tokens are written in the step that appends them, without waking a coroutine; `noticed` is set when one is
-    needed: where the transport is full, and at the end.
+    Tokens are written in the step that appends them, without waking a coroutine; `until_noticed` is for what
+    needs one: where the transport is full, and the end.
     """
 
     def __init__(
@@ -36,11 +36,17 @@ class _Reader:
         *,
         chunked: bool,
     ) -> None:
-        self.noticed = asyncio.Event()
         self.stalled = False
         self.ended = False
         self._log, self._position, self._chunked = log, position, chunked
         self._protocol, self._transport = protocol, transport
+        self._notice: asyncio.Future[None] | None = None
+
+    async def until_noticed(self) -> None:
+        """Return when the transport is full, or the end was written."""
+        if not (self.stalled or self.ended):
+            self._notice = asyncio.get_running_loop().create_future()
+            await self._notice
 
     def changed(self) -> None:
         """The log has more. Its end is written a turn later: the slot's next task goes first."""
@@ -62,8 +68,8 @@ class _Reader:
         except Exception:
             logger.exception("a bug cut off a reader", extra={"event": "bug"})
             transport.abort()
-        if self.stalled or self.ended:
-            self.noticed.set()
+        if (self.stalled or self.ended) and self._notice is not None and not self._notice.done():
+            self._notice.set_result(None)
 
 
 async def write_events(
@@ -84,8 +90,7 @@ async def write_events(
         async with response:
             reader.write()
             while not reader.ended:
-                await reader.noticed.wait()
-                reader.noticed.clear()
+                await reader.until_noticed()
                 if reader.stalled:
                     async with asyncio.timeout(STALLED_WRITE_S):
                         await writer.drain()

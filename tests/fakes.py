@@ -365,6 +365,7 @@ class FakeLlamaServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.tell()
         handler = asyncio.current_task()
         assert handler is not None
         self._handlers[handler] = writer
@@ -573,6 +574,14 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
+async def _read_chunked(reader: asyncio.StreamReader) -> bytes:
+    body = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readexactly(2)
+    return body
+
+
 async def _read_request(reader: asyncio.StreamReader) -> Request | None:
     """The next request on a connection, None when there is none."""
     try:
@@ -581,7 +590,10 @@ async def _read_request(reader: asyncio.StreamReader) -> Request | None:
         headers = {
             name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)
         }
-        raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        if headers.get("transfer-encoding") == "chunked":
+            raw = await _read_chunked(reader)
+        else:
+            raw = await reader.readexactly(int(headers.get("content-length", "0")))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     method, path, _ = line.split(" ")

@@ -147,6 +147,9 @@ class MemoryEngine:
         await self._ask("props")
         return self.says
 
+    def keep_spare(self, wanted: bool) -> None:
+        """Nothing to prepare."""
+
     async def busy_slots(self) -> int:
         """`busy` if it is set, else the calls at work."""
         await self._ask("busy_slots")

@@ -5,16 +5,9 @@ import pytest
 from tests.soak.__main__ import Soak
 
 GAPS = """
-from llorch import events
-frame = events.frame
-
-def gappy(event_id, event):
-    if isinstance(event, events.Token) and event.i == 3:
-        event = events.Token(event.t, 4)
-    return frame(event_id, event)
-
 from llorch import task
-task.frame = gappy
+frame = task.token_frame
+task.token_frame = lambda event_id, text, i: frame(event_id, text, 4 if i == 3 else i)
 """
 LEAKS = """
 from llorch.replica import Replica

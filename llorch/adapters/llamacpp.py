@@ -19,6 +19,7 @@ import msgspec
 from msgspec import UNSET
 from yarl import URL
 
+from llorch.adapters.spare import SpareRequest
 from llorch.adapters.sse import EventTooLong, ServerEvent, SseParser
 from llorch.engine import (
     BEGUN,
@@ -135,6 +136,9 @@ class LlamaCpp:
             auto_decompress=False,
             trust_env=False,
         )
+        self._spare = SpareRequest(
+            lambda body: self._request("POST", "/completion", body, self._generation_timeout)
+        )
         self._digests: dict[tuple[str, int, int], str] = {}
         self._closing = threading.Event()
 
@@ -143,11 +147,10 @@ class LlamaCpp:
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
         with _mapped(self.endpoint) as progress:
-            async with self._request(
-                "POST", "/completion", _completion_body(generation), self._generation_timeout
-            ) as response:
+            async with await self._spare.request(_completion_body(generation)) as response:
                 progress.answered = True
                 await _check_status(response)
+                self._spare.prepare()
                 if response.content_type != "text/event-stream" or "Content-Encoding" in response.headers:
                     raise EngineBroken("/completion answered no event stream", detail=response.content_type)
                 yield BEGUN  # the engine sends its headers when a slot takes the prompt
@@ -168,6 +171,10 @@ class LlamaCpp:
                     if broken is not None:
                         raise broken
         raise EngineBroken("the engine's stream ended without its final frame")
+
+    def keep_spare(self, wanted: bool) -> None:
+        """Keep a connected request in reserve for as long as tasks wait."""
+        self._spare.keep(wanted)
 
     # -- control ------------------------------------------------------------------------------
 
@@ -231,10 +238,11 @@ class LlamaCpp:
     async def close(self) -> None:
         """Close every connection."""
         self._closing.set()
+        self._spare.close()
         await self._session.close()
 
     def _request(
-        self, method: str, path: str, body: bytes | None, timeout: aiohttp.ClientTimeout
+        self, method: str, path: str, body: bytes | aiohttp.Payload | None, timeout: aiohttp.ClientTimeout
     ) -> Any:  # aiohttp's request context manager has no public name
         if self._session.closed:
             raise EngineRefused("the adapter is closed", sent=False)

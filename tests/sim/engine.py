@@ -213,6 +213,9 @@ class SimEngine:
         await self._control()
         return Props(slots=self.slots, ctx=self.ctx)
 
+    def keep_spare(self, wanted: bool) -> None:
+        """Nothing to prepare."""
+
     async def busy_slots(self) -> int:
         """What was picked up and not let go of yet."""
         await self._control()
