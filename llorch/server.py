@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,19 @@ def serve(config: Config, config_file: Path | None = None) -> int:
     listener = logs.start(text=config.log.format == "text", level=config.log.level, secrets=secrets)
     try:
         _warn(config, config_file)
-        return asyncio.run(_serve(config, sock, accelerator))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(config, sock, accelerator))
     finally:
         listener.stop()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where that is installed (`llorch[fast]`), else None: asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def _accelerator(config: Config) -> str:
@@ -267,8 +277,9 @@ async def _serve(config: Config, sock: socket.socket, accelerator: str) -> int:
     signals = _Signals()
     async with listening(config, sock, accelerator) as orchestrator:
         host, port = sock.getsockname()[:2]
+        loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
         message = f"llorch {__version__} listens on http://{Address(host, port)}, computes on {accelerator}"
-        log.info("%s", message, extra={"event": "start"})
+        log.info("%s; its event loop is %s's", message, loop, extra={"event": "start"})
         sdnotify.notify(f"READY=1\nSTATUS={message}")
         return await _work(orchestrator, signals, config.shutdown.grace_s)
 
