@@ -68,7 +68,7 @@ class SpareRequest:
         return await self._open_request(body)
 
     async def request(self, body: bytes) -> aiohttp.ClientResponse:
-        """The answer to `body`: of the request in reserve, where there is one that the engine did not close."""
+        """The answer to `body`: by the request in reserve, unless the engine has closed it."""
         answer, held = self._answer, self._body
         if answer is None or held is None or answer.done():
             self._drop()
