@@ -10,8 +10,8 @@ import llorch
 ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
-    health replica pool orchestrator adapters.sse adapters.spare adapters.llamacpp
-    gpu logs sdnotify security wire streams api journal server cli __main__
+    health replica pool orchestrator adapters.sse adapters.spare adapters.llamacpp gpu telemetry
+    logs sdnotify security wire streams api journal server cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")
@@ -27,7 +27,17 @@ BLIND = {  # what a module knows nothing of, though the order alone would allow 
     "api": {"admission", "engine", "pool", "replica"},
     "journal": {"aiohttp", "api", "orchestrator"},
 }
-ISLANDS = {"errors", "events", "config", "estimate", "adapters.sse", "gpu", "logs", "sdnotify"}  # import none
+ISLANDS = {
+    "errors",
+    "events",
+    "config",
+    "estimate",
+    "adapters.sse",
+    "gpu",
+    "telemetry",
+    "logs",
+    "sdnotify",
+}  # import none
 
 
 def imports(module: str) -> set[str]:
