@@ -30,6 +30,7 @@ from llorch.errors import (
 )
 from llorch.orchestrator import Orchestrator
 from llorch.security import Gate, check_ticket
+from llorch.status import StatusBoard
 from llorch.streams import write_events
 
 log = logging.getLogger("llorch.api")
@@ -49,6 +50,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 ORCHESTRATOR = web.AppKey("orchestrator", Orchestrator)
 GATE = web.AppKey("gate", Gate)
+STATUS = web.AppKey("status", StatusBoard)
 SETTINGS = web.AppKey("settings", ApiSettings)
 CORRELATION_ID = web.RequestKey("correlation_id", str)
 IDENTITY = web.RequestKey("identity", str)
@@ -62,10 +64,12 @@ _PREFLIGHT = {
 }
 
 
-def make_app(orchestrator: Orchestrator, gate: Gate, settings: ApiSettings) -> web.Application:
+def make_app(
+    orchestrator: Orchestrator, gate: Gate, settings: ApiSettings, status: StatusBoard
+) -> web.Application:
     """The application with every route."""
     app = web.Application(middlewares=[answer_refusals, guard])
-    app[ORCHESTRATOR], app[GATE], app[SETTINGS] = orchestrator, gate, settings
+    app[ORCHESTRATOR], app[GATE], app[SETTINGS], app[STATUS] = orchestrator, gate, settings, status
     app.on_response_prepare.append(_add_headers)
     for method, path, handler in ROUTES:
         app.router.add_route(method, path, handler, expect_handler=_ignore_expect)
@@ -212,6 +216,11 @@ async def get_pool_health(request: web.Request) -> web.Response:
     return _json(request.app[ORCHESTRATOR].health(request.match_info["pool_id"]))
 
 
+async def get_status(request: web.Request) -> web.Response:
+    """Everything at a glance; cheap enough to be asked every second."""
+    return _json(request.app[STATUS].status())
+
+
 async def stream_task(request: web.Request) -> web.StreamResponse:
     """The events of a task, from the start or after `Last-Event-ID`; 204 if there are no more [MVP-033]."""
     orchestrator, task_id = request.app[ORCHESTRATOR], request.match_info["task_id"]
@@ -242,6 +251,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/tasks/{task_id}/stream", stream_task),
     ("POST", "/v1/tasks/{task_id}/cancel", cancel_task),
     ("GET", "/v1/pools/{pool_id}/health", get_pool_health),
+    ("GET", "/v1/status", get_status),
 ]
 
 

@@ -146,6 +146,11 @@ class Orchestrator:
         task.cancel()
         return task
 
+    @property
+    def reader_count(self) -> int:
+        """How many streams are open."""
+        return self._reader_count
+
     @contextmanager
     def reading(self, task: Task) -> Iterator[None]:
         """Count a reader of `task` while it reads; raises TooManyStreams."""

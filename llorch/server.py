@@ -6,6 +6,7 @@ The one rule: decisions live in the objects; here they are only put together, st
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import resource
@@ -26,7 +27,9 @@ from llorch.config import SECRET_KEYS, Address, Config, parse_address, unknown_v
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.pool import Pool, PoolSettings
 from llorch.security import Gate
+from llorch.status import StatusBoard
 from llorch.streams import STALLED_WRITE_S
+from llorch.telemetry import GpuSampler
 
 log = logging.getLogger("llorch.server")
 
@@ -104,14 +107,26 @@ def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestr
         own_names=(socket.gethostname(), *config.http.allowed_hosts),
         cors_origins=config.http.cors_origins,
     )
+    home = config.profile == "home"
     settings = ApiSettings(
-        home=config.profile == "home",
+        home=home,
         max_tokens=config.limits.max_tokens,
         max_body_bytes=config.http.max_body_bytes,
         body_timeout_s=config.http.body_timeout_s,
         heartbeat_s=config.stream.heartbeat_s,
     )
-    return make_app(orchestrator, gate, settings), orchestrator
+    sampler = GpuSampler(required=config.gpu.required)
+    status = StatusBoard(orchestrator, lambda: sampler.reading, home=home)
+    app = make_app(orchestrator, gate, settings, status)
+    app.cleanup_ctx.append(functools.partial(_sampling, sampler))
+    return app, orchestrator
+
+
+async def _sampling(sampler: GpuSampler, app: web.Application) -> AsyncIterator[None]:
+    """GPU telemetry for as long as the application runs; neither end waits for the driver."""
+    sampler.start()
+    yield
+    sampler.stop()
 
 
 def _pool(config: Config, accelerator: str) -> Pool:
