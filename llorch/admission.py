@@ -49,6 +49,7 @@ class AdmissionQueue:
         self.reserved_bytes = 0
         self.waiting_bytes = 0
         self.waiting_strict = 0
+        self.version = 0  # another after each change
         self._refuse = refuse
         self._waiting: OrderedDict[str, Task] = OrderedDict()
         self._waker: asyncio.Task[None] | None = None
@@ -114,6 +115,7 @@ class AdmissionQueue:
 
     def wake(self) -> None:
         """Let every coroutine that waits on `changed` look again, soon; plain code may call this."""
+        self.version += 1
         if self._waker is None and _in_loop():
             self._waker = asyncio.create_task(self._notify(), name="queue-wake")
 

@@ -29,6 +29,7 @@ from llorch.errors import (
     UnsupportedMediaType,
 )
 from llorch.orchestrator import Orchestrator
+from llorch.outlook import Outlook, Teller
 from llorch.security import Gate, check_ticket
 from llorch.status import StatusBoard
 from llorch.streams import write_events
@@ -51,6 +52,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 ORCHESTRATOR = web.AppKey("orchestrator", Orchestrator)
 GATE = web.AppKey("gate", Gate)
 STATUS = web.AppKey("status", StatusBoard)
+OUTLOOK = web.AppKey("outlook", Outlook)
 SETTINGS = web.AppKey("settings", ApiSettings)
 CORRELATION_ID = web.RequestKey("correlation_id", str)
 IDENTITY = web.RequestKey("identity", str)
@@ -70,6 +72,7 @@ def make_app(
     """The application with every route."""
     app = web.Application(middlewares=[answer_refusals, guard])
     app[ORCHESTRATOR], app[GATE], app[SETTINGS], app[STATUS] = orchestrator, gate, settings, status
+    app[OUTLOOK] = Outlook(orchestrator)
     app.on_response_prepare.append(_add_headers)
     for method, path, handler in ROUTES:
         app.router.add_route(method, path, handler, expect_handler=_ignore_expect)
@@ -227,11 +230,13 @@ async def stream_task(request: web.Request) -> web.StreamResponse:
     if IDENTITY not in request:  # a ticket instead of a token
         check_ticket(request.query["ticket"], orchestrator.ticket(task_id))
     task = orchestrator.get(task_id)
+    asked = wire.metrics_filter(request.query.get("metrics"))
+    aside = Teller(task, request.app[OUTLOOK]) if asked else None
     position = task.log.resume(_last_event_id(request))
     if position is None:
         return web.Response(status=204)
     with orchestrator.reading(task):
-        return await write_events(request, task.log, position, request.app[SETTINGS].heartbeat_s)
+        return await write_events(request, task.log, position, request.app[SETTINGS].heartbeat_s, aside)
 
 
 async def no_such_route(request: web.Request) -> web.StreamResponse:

@@ -89,16 +89,25 @@ class Final(msgspec.Struct, frozen=True):
     tokens_in: int
 
 
+class Prefill(msgspec.Struct, frozen=True):
+    """How far the engine is with the prompt, in tokens."""
+
+    total: int
+    done: int
+
+
 class Chunk(msgspec.Struct, frozen=True):
     """All that one read from the engine held: texts of tokens, oldest first, and the end if it came.
 
-    `begun` marks the first of all: a slot has begun on the prompt, and there is no token yet. Any other chunk
-    without text is progress: a token that is only part of a character.
+    `begun` marks what comes before the first token: a slot has begun on the prompt, and is as far with it as
+    `prefill` says, if it does. Any other chunk without text is progress: a token that is only part of a
+    character.
     """
 
     texts: list[str]
     final: Final | None = None
     begun: bool = False
+    prefill: Prefill | None = None
 
 
 BEGUN = Chunk([], begun=True)

@@ -226,17 +226,16 @@ class Pool:
 
     def admit(self, reservation: Reservation, task: Task) -> None:
         """Give `task` its place, append `started`, and let it go if it can; raises QueueFull."""
-        strict_ahead = self.queue.waiting_strict
+        before = self.queue.waiting_strict
         position = self.queue.admit(reservation, task)
-        predicted = self.estimate.predicted_start_ms(
-            self._running_s(),
-            self.replica.slots,
-            ahead=position,
-            strict_ahead=strict_ahead,
-            strict=task.strict,
-        )
-        task.admit(position, predicted)
+        task.admit(position, self.predicted_start_ms(ahead=position, strict_ahead=before, strict=task.strict))
         self.dispatch()
+
+    def predicted_start_ms(self, *, ahead: int, strict_ahead: int, strict: bool) -> int | None:
+        """Milliseconds from now until a task with so many ahead starts; None until something was measured."""
+        return self.estimate.predicted_start_ms(
+            self._running_s(), self.replica.slots, ahead=ahead, strict_ahead=strict_ahead, strict=strict
+        )
 
     def _running_s(self) -> Iterator[float]:
         now = asyncio.get_running_loop().time()
@@ -351,6 +350,8 @@ class Pool:
                     async for chunk in chunks:
                         lease.answered = True
                         if chunk.begun:
+                            if chunk.prefill is not None:
+                                task.prefill(chunk.prefill.total, chunk.prefill.done)
                             continue
                         if chunk.texts:
                             task.tokens(chunk.texts)

@@ -6,7 +6,8 @@ nothing; so little is ever past recall, and a slow reader costs nobody anything.
 
 import asyncio
 import logging
-from typing import cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
@@ -18,6 +19,16 @@ from llorch.eventlog import EventLog
 logger = logging.getLogger("llorch.streams")
 
 STALLED_WRITE_S = 120.0
+
+
+class Aside(Protocol):
+    """What one reader is told besides the log."""
+
+    def start(self, say: Callable[[bytes], bool]) -> None:
+        """Begin, now that what the log had was written; `say` writes a frame, or returns False."""
+
+    def stop(self) -> None:
+        """The stream is over; plain, idempotent."""
 
 
 class _Reader:
@@ -68,12 +79,28 @@ class _Reader:
         except Exception:
             logger.exception("a bug cut off a reader", extra={"event": "bug"})
             transport.abort()
+        self._notice_if_needed()
+
+    def _notice_if_needed(self) -> None:
         if (self.stalled or self.ended) and self._notice is not None and not self._notice.done():
             self._notice.set_result(None)
 
+    def say(self, frame: bytes) -> bool:
+        """Write a frame that is in no log, unless the transport holds something; False if it does."""
+        if self.stalled or self._position < self._log.next_id or self._transport.is_closing():
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(frame), frame) if self._chunked else frame)
+        self.stalled = self._protocol.writing_paused
+        self._notice_if_needed()
+        return True
+
 
 async def write_events(
-    request: web.Request, log: EventLog, position: int, heartbeat_s: float
+    request: web.Request,
+    log: EventLog,
+    position: int,
+    heartbeat_s: float,
+    aside: Aside | None = None,
 ) -> web.StreamResponse:
     """Send `log` from `position` on until its terminal event was written; a stalled reader is cut off."""
     response = EventSourceResponse(sep="\n", ping_interval=heartbeat_s, send_timeout=STALLED_WRITE_S)
@@ -89,6 +116,8 @@ async def write_events(
     try:
         async with response:
             reader.write()
+            if aside is not None:
+                aside.start(reader.say)
             while not reader.ended:
                 await reader.until_noticed()
                 if reader.stalled:
@@ -104,4 +133,6 @@ async def write_events(
         pass  # the reader has gone
     finally:
         log.unwatch(reader.changed)
+        if aside is not None:
+            aside.stop()
     return response

@@ -122,6 +122,8 @@ class Task:
         "pool_id",
         "predicted_start_ms",
         "prompt",
+        "prompt_tokens",
+        "prompt_tokens_done",
         "queue_position",
         "replica_id",
         "request",
@@ -165,6 +167,8 @@ class Task:
         self.created_at = datetime.now(UTC)
         self.queue_position = 0
         self.predicted_start_ms: int | None = None
+        self.prompt_tokens: int | None = None
+        self.prompt_tokens_done: int | None = None
         self.tokens_in: int | None = None
         self.tokens_out = 0
         self.finish_reason: FinishReason | None = None
@@ -234,6 +238,10 @@ class Task:
         self.lease, self.replica_id = lease, lease.replica_id
         self.started_at = self.now()
         return self._move(State.RUNNING)
+
+    def prefill(self, total: int, done: int) -> None:
+        """Note how many of the prompt's tokens the engine has read; no event, no change of state."""
+        self.prompt_tokens, self.prompt_tokens_done = total, done
 
     def tokens(self, texts: list[str]) -> bool:
         """Append a token for each text, all in one step; False, and nothing appended, unless RUNNING."""

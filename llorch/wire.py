@@ -321,3 +321,10 @@ def limit_filter(text: str | None) -> int:
     if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= 1000:
         raise InvalidParams(f"?limit: expected 1 to 1000, got {text[:_MAX_NAME_CHARS]!r}")
     return int(text)
+
+
+def metrics_filter(text: str | None) -> bool:
+    """Whether `?metrics=` asks for metrics events: 1, or 0 and absent; raises InvalidParams."""
+    if text not in (None, "0", "1"):
+        raise InvalidParams(f"?metrics: expected 0 or 1, got {text[:_MAX_NAME_CHARS]!r}")
+    return text == "1"

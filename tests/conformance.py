@@ -88,10 +88,17 @@ class EngineConformance:
         assert final == Final("length", tokens_out=5, tokens_in=await engine.tokenize(PROMPT))
 
     async def test_the_first_chunk_says_that_a_slot_has_begun(self, engine: Engine) -> None:
-        """`BEGUN` comes first and once, before any text."""
+        """`BEGUN` comes first, then how far the prompt is, never less than before, all before any text."""
         chunks = [chunk async for chunk in engine.generate(strict(max_tokens=3))]
-        assert [chunk.begun for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-        assert not chunks[0].texts
+        begun = [chunk for chunk in chunks if chunk.begun]
+        assert chunks[: len(begun)] == begun
+        assert begun[0] == BEGUN
+        assert not any(chunk.texts for chunk in begun)
+        prefills = [chunk.prefill for chunk in begun[1:] if chunk.prefill is not None]
+        assert len(prefills) == len(begun) - 1
+        tokens_in = await engine.tokenize(PROMPT)
+        assert all(0 <= prefill.done <= prefill.total == tokens_in for prefill in prefills)
+        assert [prefill.done for prefill in prefills] == sorted(prefill.done for prefill in prefills)
 
     async def test_a_single_token_is_a_generation(self, engine: Engine) -> None:
         """max_tokens 1 gives one token."""

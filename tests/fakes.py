@@ -90,6 +90,25 @@ class Connection:
             }
         )
 
+    async def progress(self, processed: int, total: int | None = None) -> None:
+        """How far it is with the prompt, in tokens, if the request asks for that."""
+        if not self.request.body.get("return_progress"):
+            return
+        total = self._engine.count_tokens(self.request.body["prompt"]) if total is None else total
+        said = {"total": total, "cache": 0, "processed": processed, "time_ms": 7}
+        await self.event(
+            {
+                "index": 0,
+                "content": "",
+                "tokens": [0],
+                "stop": False,
+                "id_slot": -1,
+                "tokens_predicted": 0,
+                "tokens_evaluated": total,
+                "prompt_progress": said,
+            }
+        )
+
     async def final(self, stop_type: str = "limit", **fields: Any) -> None:
         """The final chunk, cut down to the `response_fields` of the request; `fields` override."""
         everything = {
@@ -470,6 +489,8 @@ class FakeLlamaServer:
         stops = [stop for stop in connection.request.body.get("stop", ()) if stop in text]
         stop = min(stops, key=text.index, default="")
         left = text.index(stop) if stop else len(text)
+        for processed in (0, self.count_tokens(connection.request.body["prompt"])):
+            await connection.progress(processed)
         for word in words:
             if self.pace_s:
                 await asyncio.sleep(self.pace_s)

@@ -29,7 +29,7 @@ _LINE = re.compile(rb"\r\n|\r(?!\Z)|\n")  # a CR at the very end may be half a C
 
 
 class Event(NamedTuple):
-    """One server-sent event, its `data` decoded."""
+    """One server-sent event, its `data` decoded; one without `id:` has the last one, else -1."""
 
     id: int
     name: str
@@ -130,7 +130,7 @@ class EventReader:
         fields, self._fields = self._fields, {}
         if b"data" in fields:
             name = fields.get(b"event", b"message").decode()
-            self._ready.append(Event(int(self._id), name, json.loads(fields[b"data"])))
+            self._ready.append(Event(int(self._id or b"-1"), name, json.loads(fields[b"data"])))
 
 
 class Live:

@@ -10,7 +10,7 @@ import llorch
 ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
-    health replica pool orchestrator adapters.sse adapters.spare adapters.llamacpp gpu telemetry
+    health replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp gpu telemetry
     logs sdnotify security wire streams status api journal server cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
@@ -24,6 +24,7 @@ BLIND = {  # what a module knows nothing of, though the order alone would allow 
     "adapters.llamacpp": {"pool", "replica", "admission", "orchestrator"},
     "security": {"aiohttp", "orchestrator", "pool", "task"},
     "streams": {"task", "orchestrator", "pool"},
+    "outlook": {"aiohttp", "engine"},
     "api": {"admission", "engine", "pool", "replica"},
     "journal": {"aiohttp", "api", "orchestrator"},
 }

@@ -31,6 +31,7 @@ from llorch.engine import (
     EngineStalled,
     Final,
     Generation,
+    Prefill,
     Props,
 )
 from llorch.task import Message, Sampling
@@ -233,6 +234,7 @@ async def test_the_defaults_are_sent_in_full_and_nothing_else(
         "n_predict": 3,
         "stream": True,
         "cache_prompt": True,
+        "return_progress": True,
         "response_fields": FINAL_FIELDS,
         "temperature": 0.8,
         "top_k": 40,
@@ -276,6 +278,7 @@ async def test_everything_asked_for_is_sent_as_it_was_given(
         "stream": True,
         "cache_prompt": False,
         "id_slot": 0,
+        "return_progress": True,
         "response_fields": FINAL_FIELDS,
         "seed": 4294967294,
         "temperature": 0.0,
@@ -413,6 +416,70 @@ async def test_a_token_is_handed_on_before_the_next_one_comes(
         await connection.token(text)
         assert await anext(chunks) == Chunk([text])
     await chunks.aclose()
+
+
+def prompt_progress(said: str) -> bytes:
+    """An event that says how far the engine is with the prompt."""
+    return (
+        b'data: {"index":0,"content":"","tokens":[0],"stop":false,"prompt_progress":%b}\n\n' % said.encode()
+    )
+
+
+async def test_it_says_how_far_the_prompt_is(llama: LlamaCpp, fake_engine: FakeLlamaServer) -> None:
+    """Each as it comes; it counts as begun, for there is no token yet."""
+    fake_engine.hold = True
+    chunks = llama.generate(HELLO)
+    assert await anext(chunks) is BEGUN
+    connection = await fake_engine.started(1)
+    for done in (0, 512, 700):
+        await connection.progress(done, 700)
+        assert await anext(chunks) == Chunk([], begun=True, prefill=Prefill(700, done))
+    await connection.token("a")
+    assert await anext(chunks) == Chunk(["a"])
+    await chunks.aclose()
+
+
+async def test_progress_beside_tokens_is_not_told(llama: LlamaCpp, fake_engine: FakeLlamaServer) -> None:
+    """Once there is a token, even one without text, nobody asks any more how far the prompt is."""
+    progress = prompt_progress('{"total":7,"cache":0,"processed":7,"time_ms":1}')
+    fake_engine.script(streams(progress + token("a"), progress + token(""), token("b"), FINAL))
+    chunks = [chunk async for chunk in llama.generate(HELLO)]
+    assert chunks[0] is BEGUN
+    assert not any(chunk.begun for chunk in chunks[1:])
+    assert [text for chunk in chunks for text in chunk.texts] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["{}", "null", "[]", "7", '"x"', '{"total":-1,"processed":0}', '{"total":1e99,"processed":1}'],
+)
+async def test_progress_that_cannot_be_read_harms_nobody(
+    llama: LlamaCpp, fake_engine: FakeLlamaServer, said: str
+) -> None:
+    """It is a courtesy of the engine's: the task goes on without."""
+    fake_engine.script(streams(prompt_progress(said), token("a"), FINAL))
+    chunks = [chunk async for chunk in llama.generate(HELLO)]
+    assert [chunk.prefill for chunk in chunks] == [None] * len(chunks)
+    assert [text for chunk in chunks for text in chunk.texts] == ["a"]
+    assert chunks[-1].final == Final("stop", 2, 7)
+
+
+async def test_more_done_than_there_is_counts_as_all(llama: LlamaCpp, fake_engine: FakeLlamaServer) -> None:
+    """The prompt's length is the bound."""
+    fake_engine.hold = True
+    chunks = llama.generate(HELLO)
+    await anext(chunks)
+    await (await fake_engine.started(1)).progress(9, 7)
+    assert (await anext(chunks)).prefill == Prefill(7, 7)
+    await chunks.aclose()
+
+
+async def test_an_engine_that_knows_no_progress_is_fine(
+    llama: LlamaCpp, fake_engine: FakeLlamaServer
+) -> None:
+    """It ignores what it does not know, and says nothing of it."""
+    fake_engine.script(streams(token("a"), FINAL))
+    assert await generated(llama) == (["a"], Final("stop", 2, 7))
 
 
 async def test_it_says_when_a_slot_has_begun_and_not_before(

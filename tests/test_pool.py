@@ -18,6 +18,7 @@ from llorch.engine import (
     EngineStalled,
     Final,
     Generation,
+    Prefill,
 )
 from llorch.errors import (
     BodyTooLarge,
@@ -518,6 +519,24 @@ async def test_without_a_token_a_task_ends_after_first_token_s(begins: bool) -> 
         assert task.state is State.RUNNING
         await advance(0.2)
         assert (code(task), call.closed, it.replica.draining) == ("DECODE_TIMEOUT", True, 1)
+        assert task.error is not None
+        assert task.error.message == "no token within 20 s of dispatch"
+
+
+@virtual_time
+async def test_progress_with_the_prompt_is_noted_and_is_no_token() -> None:
+    """It counts as first_token_s does, from dispatch, not as idle_s does; the log does not have it."""
+    async with rig(first_token_s=20, idle_s=5) as it:
+        task, call = await it.running()
+        call.begin()
+        for done in (0, 512):
+            await advance(8)
+            call.send(Chunk([], begun=True, prefill=Prefill(700, done)))
+        await settled()
+        assert (task.prompt_tokens, task.prompt_tokens_done) == (700, 512)
+        assert names(task) == "started"
+        await advance(4.1)
+        assert code(task) == "DECODE_TIMEOUT"
         assert task.error is not None
         assert task.error.message == "no token within 20 s of dispatch"
 

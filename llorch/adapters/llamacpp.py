@@ -35,6 +35,7 @@ from llorch.engine import (
     EngineStalled,
     Final,
     Generation,
+    Prefill,
     Props,
 )
 from llorch.events import FinishReason
@@ -69,6 +70,12 @@ class _Event(msgspec.Struct):
     tokens_predicted: _Count = 0
     tokens_evaluated: _Count = 0
     error: msgspec.Raw | msgspec.UnsetType = UNSET
+    prompt_progress: msgspec.Raw | msgspec.UnsetType = UNSET
+
+
+class _PromptProgress(msgspec.Struct):
+    total: _Count
+    processed: _Count
 
 
 class _ErrorBody(msgspec.Struct):
@@ -277,6 +284,7 @@ def _completion_body(generation: Generation) -> bytes:
         "n_predict": generation.max_tokens,
         "stream": True,
         "cache_prompt": generation.cache_prompt,
+        "return_progress": True,
         "response_fields": _FINAL_FIELDS,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -317,17 +325,31 @@ def _one_token(block: bytes) -> str | None:
 def _chunk(events: list[ServerEvent]) -> tuple[Chunk, EngineBroken | None]:
     """All events of one read in one chunk, up to the final one; and what is wrong with the next, if it is."""
     texts: list[str] = []
+    prefill, only_prefill = None, True
     for event in events:
         try:
             said = _said(event)
         except EngineBroken as broken:
             return Chunk(texts), broken
+        if said.prompt_progress is not UNSET and not said.content and not said.stop:
+            prefill = _prefill(said.prompt_progress) or prefill
+            continue
+        only_prefill = False
         if said.content:
             texts.append(said.content)
         if said.stop:
             reason: FinishReason = "length" if said.stop_type == "limit" else "stop"
             return Chunk(texts, Final(reason, said.tokens_predicted, said.tokens_evaluated)), None
-    return Chunk(texts), None
+    return Chunk([], begun=True, prefill=prefill) if only_prefill else Chunk(texts), None
+
+
+def _prefill(said: msgspec.Raw) -> Prefill | None:
+    """How far the engine is with the prompt; None for what can't be read: no task should fail of that."""
+    try:
+        progress = msgspec.json.decode(said, type=_PromptProgress)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return Prefill(progress.total, min(progress.processed, progress.total))
 
 
 def _said(event: ServerEvent) -> _Event:
@@ -337,7 +359,7 @@ def _said(event: ServerEvent) -> _Event:
         raise EngineBroken("an event that is not what the engine sends", detail=str(error)) from error
     if event.name == b"error" or said.error is not UNSET:
         raise EngineBroken("the engine reported an error", detail=_error_text(event.data))
-    if said.content is UNSET and not said.stop:
+    if said.content is UNSET and said.prompt_progress is UNSET and not said.stop:
         raise EngineBroken("an event without content")
     return said
 
