@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import browser  # noqa: F401  # a fixture of every module's
 from tests.fakes import FakeLlamaServer
 
 ROOT = Path(__file__).parent.parent
