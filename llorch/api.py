@@ -30,6 +30,7 @@ from llorch.errors import (
 )
 from llorch.orchestrator import Orchestrator
 from llorch.outlook import Outlook, Teller
+from llorch.page import get_page
 from llorch.security import Gate, check_ticket
 from llorch.status import StatusBoard
 from llorch.streams import write_events
@@ -111,9 +112,12 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Host and Origin, then the token, before anything else."""
     gate, headers = request.app[GATE], request.headers
-    gate.check_site(headers, _target_host(request))
+    page = request.match_info.handler is get_page
+    gate.check_site(headers, _target_host(request), navigable=page)
     if request.method == "OPTIONS" and gate.allows_cors(headers):
         return web.Response(status=204, headers=_PREFLIGHT)
+    if page:
+        return await handler(request)  # static, no data: open to whoever passed the checks above
     by_ticket = request.match_info.handler is stream_task and "ticket" in request.query
     if not (by_ticket and gate.token_needed and "Authorization" not in headers):
         request[IDENTITY] = gate.identify(request.remote, headers)
@@ -257,6 +261,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/tasks/{task_id}/cancel", cancel_task),
     ("GET", "/v1/pools/{pool_id}/health", get_pool_health),
     ("GET", "/v1/status", get_status),
+    ("GET", "/", get_page),
 ]
 
 

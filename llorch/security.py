@@ -49,9 +49,12 @@ class Gate:
 
     # -- where the request comes from ------------------------------------------------------------
 
-    def check_site(self, headers: Headers, target_host: str | None = None) -> None:
+    def check_site(
+        self, headers: Headers, target_host: str | None = None, *, navigable: bool = False
+    ) -> None:
         """Refuse DNS rebinding and pages of other sites; `target_host` is that of an absolute request target.
 
+        `navigable`: a link on another site may lead here, which is all that such a site can do with it.
         Raises ForbiddenHost, ForbiddenOrigin, or InvalidParams for two Host headers.
         """
         hosts = headers.getall("Host", [])
@@ -63,7 +66,7 @@ class Gate:
             self._forbid_host(host)
         if target_host is not None and not self._is_own(target_host):
             self._forbid_host(target_host)
-        self._check_origin(headers, host)
+        self._check_origin(headers, host, navigable=navigable)
 
     def _is_own(self, name: str) -> bool:
         """Whether `name` is this machine: by name, or as an IP literal in canonical form."""
@@ -75,7 +78,7 @@ class Gate:
             hint="use localhost or an IP address, or add the name to http.allowed_hosts",
         )
 
-    def _check_origin(self, headers: Headers, host: str) -> None:
+    def _check_origin(self, headers: Headers, host: str, *, navigable: bool) -> None:
         if self.allows_cors(headers):
             return
         for origin in headers.getall("Origin", []):
@@ -84,6 +87,8 @@ class Gate:
                 raise ForbiddenOrigin(
                     f"pages of {origin[:80]!r} may not ask", hint="add the origin to http.cors_origins"
                 )
+        if navigable and headers.get("Sec-Fetch-Mode") == "navigate":
+            return
         if headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
             raise ForbiddenOrigin("a page of another site may not ask")
 

@@ -142,6 +142,7 @@ class Live:
         settings: dict[str, dict[str, Any]] | None = None,
         *,
         profile: str = "mvp",
+        port: int = 0,
     ) -> None:
         flat = {"bind_addr": "127.0.0.1:0", "profile": profile, "gpu.required": False}
         flat |= {"adapter.endpoint": engine.url, "adapter.self_test": False}
@@ -151,7 +152,7 @@ class Live:
         self.config = config.load(flags=flat)
         self.engine = engine
         self.headers = {"Authorization": f"Bearer {TOKEN}"} if self.config.auth.token else {}
-        self.port = 0
+        self.port = port
         self.transports: list[asyncio.Transport] = []  # the server's side of every connection
         self._open = contextlib.AsyncExitStack()
 
@@ -159,7 +160,7 @@ class Live:
         self._before = asyncio.all_tasks()
         self._open.enter_context(patch.object(replica, "DRAIN_POLL_S", (0.001, 0.002)))
         self._open.enter_context(patch.object(server.Protocol, "connection_made", self._connected))
-        sock = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
+        sock = self._open.enter_context(socket.create_server(("127.0.0.1", self.port)))
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.orchestrator = await self._open.enter_async_context(server.listening(self.config, sock, "test"))

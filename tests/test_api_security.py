@@ -13,6 +13,7 @@ PAGE = "http://page.example:3000"
 CORS = {"http": {"cors_origins": [PAGE]}}
 EVERYWHERE = [(method, path.format(task_id="x", pool_id="default")) for method, path, _ in ROUTES]
 EVERYWHERE += [("GET", "/nope"), ("PUT", "/health"), ("OPTIONS", "/v1/tasks"), ("HEAD", "/health")]
+PROTECTED = [(method, path) for method, path in EVERYWHERE if path != "/"]
 
 
 # -- Host and Origin -------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ async def test_a_preflight(fake_engine: FakeLlamaServer) -> None:
 async def test_every_route_needs_the_token(fake_engine: FakeLlamaServer, profile: str) -> None:
     """401 MISSING_TOKEN or BAD_TOKEN with WWW-Authenticate, before anything is said of routes [T4]."""
     async with Live(fake_engine, AUTH, profile=profile) as live:
-        for method, path in EVERYWHERE:
+        for method, path in PROTECTED:
             for headers, code in ({}, "MISSING_TOKEN"), ({"Authorization": "Bearer wrong"}, "BAD_TOKEN"):
                 answer = await live.ask(method, path, headers=headers)
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -227,7 +228,7 @@ async def test_a_ticket_opens_its_stream_and_nothing_else(fake_engine: FakeLlama
             answer = await live.get(f"{path}?{query}")
             assert (answer.status, answer.body["code"]) == (401, "BAD_TOKEN")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-        for method, route in EVERYWHERE:
+        for method, route in PROTECTED:
             answer = await live.ask(method, f"{route}?{ticket}")
             assert answer.status == 401
         plain = f"/v1/tasks/{task['task_id']}"

@@ -177,7 +177,6 @@ UNKNOWN = [
     ("POST", "/v1/tasks/nope/cancel", "TASK_NOT_FOUND"),
     ("GET", "/v1/tasks/%00", "TASK_NOT_FOUND"),
     ("GET", "/v1/pools/nope/health", "UNKNOWN_POOL"),
-    ("GET", "/", "NOT_FOUND"),
     ("GET", "/v1/tasks/", "NOT_FOUND"),
     ("GET", "/v1", "NOT_FOUND"),
     ("GET", "/V1/TASKS", "NOT_FOUND"),
