@@ -228,6 +228,11 @@ async def get_status(request: web.Request) -> web.Response:
     return _json(request.app[STATUS].status())
 
 
+async def get_capabilities(request: web.Request) -> web.Response:
+    """The API's version, and what each pool can do."""
+    return _json(request.app[ORCHESTRATOR].capabilities())
+
+
 async def stream_task(request: web.Request) -> web.StreamResponse:
     """The events of a task, from the start or after `Last-Event-ID`; 204 if there are no more [MVP-033]."""
     orchestrator, task_id = request.app[ORCHESTRATOR], request.match_info["task_id"]
@@ -262,6 +267,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/pools/{pool_id}/health", get_pool_health),
     ("GET", "/v1/status", get_status),
     ("GET", "/", get_page),
+    ("GET", "/v1/capabilities", get_capabilities),
 ]
 
 

@@ -114,13 +114,18 @@ BEGUN = Chunk([], begun=True)
 
 
 class Props(msgspec.Struct, frozen=True):
-    """What the engine says of itself: slots, context per slot in tokens, version, model."""
+    """What the engine says of itself: slots, context per slot in tokens, version, model.
+
+    `chat_template`: it can render messages; `grammar`: it can be held to a grammar or a JSON schema.
+    """
 
     slots: int
     ctx: int
     engine_version: str | None = None
     model: str | None = None
     model_path: str | None = None
+    chat_template: bool = False
+    grammar: bool = False
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from itertools import islice
 
 import msgspec
 
+from llorch.capabilities import Capabilities, pool_capabilities
 from llorch.errors import LlorchError, TaskNotFound, TooManyStreams, UnknownPool
 from llorch.health import PoolHealth
 from llorch.pool import Pool
@@ -139,6 +140,15 @@ class Orchestrator:
     def health(self, pool_id: str) -> PoolHealth:
         """How the pool of that name is; raises UnknownPool."""
         return self.pool(pool_id).health()
+
+    def capabilities(self) -> Capabilities:
+        """What clients can count on."""
+        return Capabilities(
+            pools=[
+                pool_capabilities(pool.health(), pool.replica.props, pool.settings.max_tokens)
+                for pool in self.pools.values()
+            ]
+        )
 
     def cancel(self, task_id: str) -> Task:
         """End the task now if it has not ended [MVP-032]; raises TaskNotFound."""

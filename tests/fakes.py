@@ -258,6 +258,7 @@ class FakeLlamaServer:
     api_key: str = ""
     model_path: str = "/models/fake-1b.gguf"
     build: str = "b4242-fake"
+    chat_template: str = "{{ messages }}"
     health: Literal["ok", "loading", "error", "hang"] = "ok"
     lingering: bool = False
     pace_s: float = 0.0  # between the tokens of the default script; for demonstrations, not for tests
@@ -524,7 +525,7 @@ class FakeLlamaServer:
             "total_slots": self.slots,
             "model_alias": self.model_path,
             "model_path": self.model_path,
-            "chat_template": "{{ messages }}",
+            "chat_template": self.chat_template,
             "build_info": self.build,
             "is_sleeping": False,
         }

@@ -6,6 +6,7 @@ from unittest.mock import ANY
 
 import pytest
 
+from llorch.capabilities import API_VERSION
 from tests.fakes import FakeLlamaServer, answers, error
 from tests.live import TOKEN, Live, eventually, refused
 
@@ -160,7 +161,42 @@ async def test_health_of_the_pool(fake_engine: FakeLlamaServer) -> None:
         }
 
 
-@pytest.mark.parametrize("path", ["/health", "/v1/tasks", "/v1/pools/default/health"])
+# -- capabilities ----------------------------------------------------------------------------------
+
+
+async def test_capabilities(fake_engine: FakeLlamaServer) -> None:
+    """The API's version; per pool what it can do, the limits in force, what the self-test found."""
+    settings = {"adapter": {"slots": "auto"}, "limits": {"ctx": 2048, "max_tokens": 1000}}
+    async with Live(fake_engine, settings) as live:
+        live.replica.determinism = "verified"
+        answer = await live.get("/v1/capabilities")
+        assert (answer.status, answer.body["api_version"]) == (200, API_VERSION)
+        assert answer.body["pools"] == [
+            {
+                "pool_id": "default",
+                "engine": "llamacpp",
+                "engine_version": "b4242-fake",
+                "model": "fake-1b.gguf",
+                "ctx": 2048,
+                "max_tokens": 1000,
+                "slots": 2,
+                "features": {"chat_template": True, "grammar": True, "determinism": "verified"},
+                "accelerator": "test",
+            }
+        ]
+
+
+async def test_capabilities_of_an_engine_never_seen(fake_engine: FakeLlamaServer) -> None:
+    """What is not known yet is null or left out; the limits are ours and known."""
+    await fake_engine.stop()
+    async with Live(fake_engine) as live:
+        [pool] = (await live.get("/v1/capabilities")).body["pools"]
+        assert (pool["ctx"], pool["slots"], pool["max_tokens"]) == (None, 1, 4096)
+        assert pool["features"] == {"chat_template": None, "grammar": None, "determinism": "unknown"}
+        assert not pool.keys() & {"engine_version", "model", "model_digest"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/tasks", "/v1/pools/default/health", "/v1/capabilities"])
 async def test_head_is_get_without_the_body(fake_engine: FakeLlamaServer, path: str) -> None:
     """The same status and length, for probes that ask so."""
     async with Live(fake_engine) as live:

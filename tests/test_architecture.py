@@ -10,8 +10,8 @@ import llorch
 ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
-    health replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp gpu telemetry
-    logs sdnotify security wire streams status page api journal server cli __main__
+    health capabilities replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp
+    gpu telemetry logs sdnotify security wire streams status page api journal server cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")

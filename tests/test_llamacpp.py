@@ -957,9 +957,12 @@ async def test_props_are_what_the_engine_says(llama: LlamaCpp, fake_engine: Fake
         engine_version="b4242-fake",
         model="fake-1b.gguf",
         model_path="/models/fake-1b.gguf",
+        chat_template=True,
+        grammar=True,
     )
     fake_engine.slots, fake_engine.ctx, fake_engine.model_path = 1, 512, ""
-    assert await llama.props() == Props(slots=1, ctx=512, engine_version="b4242-fake")
+    fake_engine.chat_template = ""
+    assert await llama.props() == Props(slots=1, ctx=512, engine_version="b4242-fake", grammar=True)
 
 
 async def test_busy_slots_counts_those_at_work(llama: LlamaCpp, fake_engine: FakeLlamaServer) -> None:

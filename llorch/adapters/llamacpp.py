@@ -105,6 +105,7 @@ class _PropsAnswer(msgspec.Struct):
     model_path: str | None = None
     model_alias: str | None = None
     build_info: str | None = None
+    chat_template: msgspec.Raw = msgspec.Raw(b'""')
 
 
 class _Slot(msgspec.Struct):
@@ -211,6 +212,8 @@ class LlamaCpp:
             engine_version=answer.build_info,
             model=os.path.basename(answer.model_alias or path or "") or None,
             model_path=path,
+            chat_template=bytes(answer.chat_template) not in (b'""', b"null"),
+            grammar=True,
         )
 
     async def busy_slots(self) -> int:
