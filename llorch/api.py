@@ -5,6 +5,7 @@ orchestrator's. Refusals are raised as types and answered in one place, `answer_
 """
 
 import asyncio
+import functools
 import logging
 import math
 import re
@@ -16,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from llorch import wire
+from llorch import openapi, wire
 from llorch.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -233,6 +234,16 @@ async def get_capabilities(request: web.Request) -> web.Response:
     return _json(request.app[ORCHESTRATOR].capabilities())
 
 
+async def get_openapi(request: web.Request) -> web.Response:
+    """The API's description."""
+    return web.Response(body=_description(), content_type="application/json")
+
+
+@functools.cache
+def _description() -> bytes:
+    return openapi.encoded((method, path) for method, path, _ in ROUTES)
+
+
 async def stream_task(request: web.Request) -> web.StreamResponse:
     """The events of a task, from the start or after `Last-Event-ID`; 204 if there are no more [MVP-033]."""
     orchestrator, task_id = request.app[ORCHESTRATOR], request.match_info["task_id"]
@@ -268,6 +279,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/status", get_status),
     ("GET", "/", get_page),
     ("GET", "/v1/capabilities", get_capabilities),
+    ("GET", "/openapi.json", get_openapi),
 ]
 
 

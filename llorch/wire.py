@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from llorch.errors import InvalidParams, LlorchError, QueueFull
-from llorch.events import Error
+from llorch.events import Error, FinishReason
 from llorch.logs import timestamp
 from llorch.task import Determinism, Message, Priority, Sampling, State, Task, TaskRequest
 
@@ -27,6 +27,12 @@ MAX_METADATA_VALUE_BYTES = 512
 T = TypeVar("T")
 Unit = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Count = Annotated[int, Meta(ge=0)]
+TaskId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+StateName = Annotated[str, Meta(extra_json_schema={"enum": [state.value for state in State]})]
+StopText = Annotated[str, Meta(min_length=1, extra_json_schema={"maxLength": MAX_STOP_BYTES})]
+Grammar = Annotated[str, Meta(min_length=1, extra_json_schema={"maxLength": MAX_GRAMMAR_BYTES})]
+SessionId = Annotated[str, Meta(min_length=1, extra_json_schema={"maxLength": MAX_SESSION_ID_BYTES})]
 
 
 class TaskBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -45,12 +51,12 @@ class TaskBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repeat_last_n: Annotated[int, Meta(ge=0, le=4096)] | UnsetType = UNSET
     presence_penalty: Penalty | UnsetType = UNSET
     frequency_penalty: Penalty | UnsetType = UNSET
-    stop: Annotated[tuple[Annotated[str, Meta(min_length=1)], ...], Meta(max_length=8)] | UnsetType = UNSET
-    grammar: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
+    stop: Annotated[tuple[StopText, ...], Meta(max_length=8)] | UnsetType = UNSET
+    grammar: Grammar | UnsetType = UNSET
     json_schema: dict[str, Any] | UnsetType = UNSET
     priority: Priority = "interactive"
     pool_id: str | UnsetType = UNSET
-    session_id: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
+    session_id: SessionId | UnsetType = UNSET
     determinism: Determinism | UnsetType = UNSET
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | UnsetType = UNSET
 
@@ -58,9 +64,9 @@ class TaskBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The 202 of `POST /v1/tasks`; `predicted_start_ms` is milliseconds from admission."""
 
-    task_id: str
-    queue_position: int
-    predicted_start_ms: int | None = None
+    task_id: TaskId
+    queue_position: Count
+    predicted_start_ms: Count | None = None
     stream_url: str
     cancel_url: str
     correlation_id: str | None = None
@@ -69,37 +75,37 @@ class Created(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to a cancel: the state the task is in for ever."""
 
-    task_id: str
-    state: str
-    tokens_out: int
+    task_id: TaskId
+    state: StateName
+    tokens_out: Count
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds: admission to start, start to first token, first to last token; null until known."""
 
-    queue_ms: int | None
-    first_token_ms: int | None
-    decode_time_ms: int | None
+    queue_ms: Count | None
+    first_token_ms: Count | None
+    decode_time_ms: Count | None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A task as it stands; `queue_position` is null once it started or ended."""
 
-    task_id: str
-    state: str
+    task_id: TaskId
+    state: StateName
     priority: Priority
     determinism: Determinism
     pool_id: str
     replica_id: str | None = None
     session_id: str | None = None
     metadata: dict[str, str] | UnsetType = UNSET
-    queue_position: int | None
-    predicted_start_ms: int | None = None
-    tokens_in: int | None = None
-    tokens_out: int
+    queue_position: Count | None
+    predicted_start_ms: Count | None = None
+    tokens_in: Count | None = None
+    tokens_out: Count
     created_at: str
     timings: Timings
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     error: Error | None = None
     stream_url: str | None = None
 
@@ -118,7 +124,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     engine: str | None
     policy_label: str | UnsetType = UNSET
     retriable: bool | UnsetType = UNSET
-    retry_after_ms: int | UnsetType = UNSET
+    retry_after_ms: Count | UnsetType = UNSET
     hint: str | UnsetType = UNSET
 
 

@@ -22,6 +22,7 @@ import aiohttp
 from multidict import CIMultiDictProxy
 
 from llorch import config, replica, server
+from tests import described
 from tests.fakes import PATIENCE_S, FakeLlamaServer
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -211,7 +212,11 @@ class Live:
         async with asyncio.timeout(PATIENCE_S):
             async with self.session.request(method, path, headers=sent, **options) as response:
                 body = await response.read()
-                return Answer(response.status, response.headers, json.loads(body) if body else None)
+                answer = Answer(response.status, response.headers, json.loads(body) if body else None)
+                described.check(
+                    response.method, response.url.path, answer.status, answer.headers, answer.body
+                )
+                return answer
 
     async def get(self, path: str, **options: Any) -> Answer:
         """GET it."""

@@ -11,7 +11,8 @@ ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
     health capabilities replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp
-    gpu telemetry logs sdnotify security wire streams status page api journal server cli __main__
+    gpu telemetry logs sdnotify security wire examples glossary operations openapi streams status page api
+    journal server cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")

@@ -1,0 +1,139 @@
+"""One value of each answer and each refusal, as the API's description shows them.
+
+The one rule: they are values of the very types that go over the wire, so none can be wrong.
+"""
+
+import msgspec
+
+from llorch import errors, wire
+from llorch.capabilities import Capabilities, Features, PoolCapabilities
+from llorch.errors import LlorchError
+from llorch.events import Error
+from llorch.health import PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
+
+TASK_ID = "a12aafdd9e8b4c1f8d3e5f60718293a4"
+CREATED_AT = "2026-11-21T11:48:34.120Z"
+STREAM_URL = f"/v1/tasks/{TASK_ID}/stream"
+SNAPSHOT = wire.Snapshot(
+    task_id=TASK_ID,
+    state="running",
+    priority="interactive",
+    determinism="strict",
+    pool_id="default",
+    replica_id="default-0",
+    metadata={"project": "haiku"},
+    queue_position=None,
+    predicted_start_ms=0,
+    tokens_out=12,
+    created_at=CREATED_AT,
+    timings=wire.Timings(queue_ms=0, first_token_ms=74, decode_time_ms=101),
+    stream_url=STREAM_URL,
+)
+FAILED = msgspec.structs.replace(
+    SNAPSHOT,
+    state="failed",
+    error=Error("WORKER_RESET", True, message="the engine broke off in mid-answer"),
+)
+HEALTH = PoolHealth(
+    pool_id="default",
+    live=True,
+    ready=True,
+    engine="llamacpp",
+    engine_version="b11434-5c8a1b2",
+    model="your-model.gguf",
+    model_digest="sha256:" + "5f" * 32,
+    ctx=8192,
+    slots=SlotCounts(total=4, busy=1, draining=0),
+    queue=QueueCounts(depth=0, capacity=64, bytes=0),
+    replicas=[ReplicaHealth(replica_id="default-0", ready=True, slots=4)],
+    determinism="verified",
+    sampler_profile_version="1",
+    accelerator="NVIDIA GeForce RTX 4090 (24564 MiB); driver 575.64",
+)
+CAPABILITIES = Capabilities(
+    pools=[
+        PoolCapabilities(
+            pool_id="default",
+            engine="llamacpp",
+            engine_version=HEALTH.engine_version,
+            model=HEALTH.model,
+            model_digest=HEALTH.model_digest,
+            ctx=8192,
+            max_tokens=4096,
+            slots=4,
+            features=Features(chat_template=True, grammar=True, determinism="verified"),
+            accelerator=HEALTH.accelerator,
+        )
+    ]
+)
+CREATED = wire.Created(
+    task_id=TASK_ID,
+    queue_position=0,
+    predicted_start_ms=0,
+    stream_url=STREAM_URL,
+    cancel_url=f"/v1/tasks/{TASK_ID}/cancel",
+    correlation_id="my-batch-17",
+)
+CANCELLED = wire.Cancelled(task_id=TASK_ID, state="cancelled", tokens_out=12)
+TASKS = {
+    "prompt": {"prompt": "Once upon a time", "max_tokens": 40},
+    "reproducible": {"prompt": "Once upon a time", "max_tokens": 40, "seed": 7},
+    "chat": {
+        "messages": [
+            {"role": "system", "content": "You answer in one sentence."},
+            {"role": "user", "content": "Why is the sky blue?"},
+        ],
+        "temperature": 0.2,
+        "stop": ["\n"],
+        "metadata": {"project": "haiku"},
+    },
+    "json": {
+        "prompt": "A person, as JSON: ",
+        "json_schema": {"type": "object", "properties": {"name": {"type": "string"}}},
+    },
+}
+FRAMES = (
+    'id: 0\nevent: started\ndata: {"queue_position":0,"predicted_start_ms":0}\n\n'
+    'id: 1\nevent: token\ndata: {"t":",","i":0}\n\n'
+    'id: 2\nevent: end\ndata: {"tokens_out":1,"finish_reason":"length","tokens_in":4}\n\n'
+)
+REFUSALS: tuple[LlorchError, ...] = (
+    errors.InternalError("a bug in llorch; its log has more under this correlation id"),
+    errors.InvalidParams("$.temperatur: unknown field, did you mean temperature?"),
+    errors.ContextOverflow(
+        "8300 prompt tokens + 512 max_tokens > 8192 tokens of context",
+        engine="llamacpp",
+        hint="shorten the prompt, ask for fewer max_tokens, or give the engine a larger context",
+    ),
+    errors.MissingToken("a token is needed", hint="send Authorization: Bearer <the configured auth.token>"),
+    errors.BadToken(
+        "a different token is expected", hint="send Authorization: Bearer <the configured auth.token>"
+    ),
+    errors.ForbiddenHost(
+        "the Host 'evil.example' is not this server",
+        hint="use localhost or an IP address, or add the name to http.allowed_hosts",
+    ),
+    errors.ForbiddenOrigin(
+        "pages of 'https://evil.example' may not ask", hint="add the origin to http.cors_origins"
+    ),
+    errors.NotFound("no route /v2"),
+    errors.UnknownPool("no pool 'big'", hint="the pools are: default"),
+    errors.TaskNotFound("no task 'a12aafdd'", hint="finished tasks are kept for stream.retain_s"),
+    errors.MethodNotAllowed("DELETE is not possible on /v1/tasks, GET, HEAD, POST is"),
+    errors.BodyTimeout("the body took over 10 s (http.body_timeout_s)"),
+    errors.DeterminismUnavailable(
+        "this engine gives one seed two texts", engine="llamacpp", hint="start llama-server with …"
+    ),
+    errors.BodyTooLarge("the body has 5000000 bytes, http.max_body_bytes is 4194304"),
+    errors.UnsupportedMediaType("expected Content-Type: application/json, got 'text/plain'"),
+    errors.QueueFull("64 tasks wait already", engine="llamacpp", retry_after_ms=3400),
+    errors.PoolUnready(
+        "pool default is not ready: the model is loading", engine="llamacpp", retry_after_ms=2000
+    ),
+    errors.PoolUnavailable(
+        "pool default is unavailable: nothing listens on http://127.0.0.1:8081",
+        engine="llamacpp",
+        retry_after_ms=2000,
+    ),
+    errors.TooManyStreams("4096 streams are open", hint="raise stream.max_readers", retry_after_ms=1000),
+)
