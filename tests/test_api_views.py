@@ -34,14 +34,16 @@ async def test_a_task_while_it_waits_and_runs(fake_engine: FakeLlamaServer) -> N
             "timings": {"queue_ms": None, "first_token_ms": None, "decode_time_ms": None},
             "stream_url": waiting["stream_url"],
         }
-        assert await live.snapshot(running) == {
+        shot = await live.snapshot(running)
+        assert shot["timings"].pop("queue_ms") in range(1000)
+        assert shot == {
             **common,
             "task_id": running["task_id"],
             "state": "running",
             "determinism": "strict",
             "replica_id": "default-0",
             "queue_position": None,
-            "timings": {"queue_ms": 0, "first_token_ms": None, "decode_time_ms": None},
+            "timings": {"first_token_ms": None, "decode_time_ms": None},
             "stream_url": running["stream_url"],
         }
 

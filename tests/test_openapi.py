@@ -220,10 +220,10 @@ async def three_tokens(connection: Connection) -> None:
 async def schemathesis(live: Live, document: dict[str, Any], folder: Path) -> None:
     """Play requests that the document allows and such as it forbids, and check every answer.
 
-    All of schemathesis' checks are on: no 5xx; status, content type, headers and body as described (each event
-    of a stream too); what the schemas allow is accepted and what they forbid is refused; methods that are not
-    described get 405 with Allow; no answer without the token where one is needed. It plays the examples, the
-    edges of each schema, random requests, and chains along the links; the same ones every time.
+    All of schemathesis' checks are on: no 5xx; status, content type, headers and body as described (and each
+    event of a stream); what the schemas allow is accepted and what they forbid is refused; methods that are
+    not described get 405 with Allow; no answer without the token where one is needed. It plays the examples,
+    the edges of each schema, random requests, and chains along the links; the same ones every time.
     """
     (folder / "openapi.json").write_text(json.dumps(document))
     hooks = Path(__file__).parent / "openapi_hooks.py"

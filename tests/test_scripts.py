@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,6 +52,42 @@ def test_every_script_without_a_suffix_can_be_run() -> None:
     assert [
         path for path in SCRIPTS.iterdir() if path.is_file() and not path.suffix and path not in RUNNABLE
     ] == []
+
+
+# -- system packages -------------------------------------------------------------------------------
+
+PROGRAMS = ["chromium", "systemd-analyze", "curl", "promtool"]
+
+
+def system_packages(folder: Path, *programs: str) -> subprocess.CompletedProcess[str]:
+    """Run scripts/system-packages where these programs, and no others, are there; each says 1000."""
+    for program in programs:
+        (folder / program).write_text("#!/bin/sh\necho 1000\n")
+        (folder / program).chmod(0o755)
+    command = [shutil.which("bash") or "bash", SCRIPTS / "system-packages"]
+    env = {"PATH": str(folder)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_what_is_there_is_not_installed_again(tmp_path: Path) -> None:
+    """It says where each is, and is done."""
+    said = system_packages(tmp_path, *PROGRAMS, "apt-get")
+    lines = said.stdout.splitlines()
+    assert (said.returncode, len(lines)) == (0, len(PROGRAMS))
+    assert all(f"have {tmp_path / name}" in line for name, line in zip(PROGRAMS, lines, strict=True))
+
+
+def test_packages_need_root(tmp_path: Path) -> None:
+    """It says what is missing and how to go on."""
+    said = system_packages(tmp_path, "apt-get", "id", "curl")
+    assert (said.returncode, "sudo" in said.stderr) == (77, True)
+    assert "chromium: missing" in said.stdout
+
+
+def test_packages_where_there_is_no_apt(tmp_path: Path) -> None:
+    """It names what to install by other means."""
+    said = system_packages(tmp_path, "curl")
+    assert (said.returncode, "chromium systemd prometheus" in said.stderr) == (69, True)
 
 
 # -- smoke -----------------------------------------------------------------------------------------
