@@ -10,6 +10,7 @@ from llorch.capabilities import Capabilities, Features, PoolCapabilities
 from llorch.errors import LlorchError
 from llorch.events import Error
 from llorch.health import PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
+from llorch.status import GpuView, Percentiles, Status, Totals
 
 TASK_ID = "a12aafdd9e8b4c1f8d3e5f60718293a4"
 CREATED_AT = "2026-11-21T11:48:34.120Z"
@@ -65,6 +66,27 @@ CAPABILITIES = Capabilities(
             accelerator=HEALTH.accelerator,
         )
     ]
+)
+STATUS = Status(
+    version="0.1.0",
+    uptime_s=86400.5,
+    pools=[HEALTH],
+    tasks=[msgspec.structs.replace(SNAPSHOT, stream_url=None)],
+    totals=Totals(admitted=1042, refused=3, completed=1030, failed=2, cancelled=9, tokens_out=310_442),
+    tokens_per_s=41.7,
+    first_token_ms=Percentiles(74, 310),
+    readers=1,
+    gpus=[
+        GpuView(
+            index=0,
+            name="NVIDIA GeForce RTX 4090",
+            utilization=93,
+            vram_used_bytes=11_811_160_064,
+            vram_total_bytes=25_757_220_864,
+            temperature_c=61,
+        )
+    ],
+    gpu_fault=None,
 )
 CREATED = wire.Created(
     task_id=TASK_ID,

@@ -25,6 +25,7 @@ from llorch.operations import (
     JSON,
     OPERATIONS,
     TAGS,
+    WITHOUT_ID,
     Answer,
     Operation,
     Parameter,
@@ -252,7 +253,7 @@ def _schemas(operations: Iterable[Operation]) -> Schema:
     """Every type that goes over the wire, by name, in the order of the alphabet."""
     asked = {operation.body for operation in operations} - {None}
     bodies = [answer.body for operation in operations for answer in operation.answers.values()]
-    answered = {body for body in bodies if isinstance(body, type)} | {wire.Refusal, *EVENT_TYPES}
+    answered = {body for body in bodies if isinstance(body, type)} | {wire.Refusal, *EVENT_TYPES.values()}
     schemas = _components(asked, sent=False) | _components(answered, sent=True) | {"Event": _event()}
     _tighten(schemas)
     return dict(sorted(schemas.items()))
@@ -316,7 +317,7 @@ def _event() -> Schema:
                 "type": "object",
                 "properties": {
                     "id": {"type": "string", "pattern": "^[0-9]{1,9}$", "description": "Counts from 0."},
-                    "event": {"const": kind.event.decode(), "description": "The kind of event."},
+                    "event": {"const": name, "description": "The kind of event."},
                     "data": {
                         "type": "string",
                         "contentMediaType": JSON,
@@ -324,10 +325,10 @@ def _event() -> Schema:
                         "description": _text(kind),
                     },
                 },
-                "required": ["id", "event", "data"],
+                "required": ["event", "data"] if name in WITHOUT_ID else ["id", "event", "data"],
                 "additionalProperties": False,
             }
-            for kind in EVENT_TYPES
+            for name, kind in EVENT_TYPES.items()
         ],
     }
 

@@ -12,10 +12,13 @@ from llorch.capabilities import Capabilities
 from llorch.errors import LlorchError
 from llorch.events import End, Error, Started, Token
 from llorch.health import PoolHealth
+from llorch.outlook import Metrics
+from llorch.status import Status
 from llorch.task import State
 
 JSON, EVENTS = "application/json", "text/event-stream"
-EVENT_TYPES = (Started, Token, End, Error)
+EVENT_TYPES = {"started": Started, "token": Token, "end": End, "error": Error, "metrics": Metrics}
+WITHOUT_ID = {"metrics"}
 EVENT_CODES = (
     *("WORKER_RESET", "DECODE_TIMEOUT", "QUEUE_TIMEOUT", "POOL_UNAVAILABLE"),  # retriable
     *("INVALID_PARAMS", "CONTEXT_OVERFLOW", "DETERMINISM_UNAVAILABLE", "INTERNAL"),
@@ -195,6 +198,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 description="The same, for clients that can't send the header, which wins.",
                 example="41",
             ),
+            Parameter(
+                name="metrics",
+                place="query",
+                description="1 for `metrics` events too, until the first token: what a waiting task may "
+                "expect. They are this reader's own, have no id, and are not replayed.",
+                schema={"type": "string", "enum": ["0", "1"], "default": "0"},
+                example="1",
+            ),
         ),
         answers={
             200: Answer(
@@ -246,6 +257,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 body=Capabilities,
                 examples={"one": examples.CAPABILITIES},
             )
+        },
+    ),
+    ("GET", "/v1/status"): Operation(
+        id="getStatus",
+        tag="service",
+        summary="Everything at a glance",
+        description="Made for a page or a terminal that asks every second.",
+        answers={
+            200: Answer(description="As it is now.", body=Status, examples={"one": examples.STATUS}),
         },
     ),
     ("GET", "/openapi.json"): Operation(

@@ -17,6 +17,7 @@ from llorch.capabilities import API_VERSION
 from llorch.examples import REFUSALS
 from llorch.glossary import FIELDS
 from llorch.operations import EVENT_CODES, EVENT_TYPES, OPERATIONS
+from llorch.outlook import Metrics
 from llorch.task import State
 from tests import described
 from tests.fakes import Connection, FakeLlamaServer
@@ -93,7 +94,8 @@ def test_every_refusal_has_its_example_and_its_place() -> None:
 def test_every_event_and_every_code_of_an_error_event_is_described() -> None:
     """What stands in `events` comes in streams."""
     structs = [kind for kind in vars(events).values() if isinstance(kind, type) and hasattr(kind, "event")]
-    assert set(structs) == set(EVENT_TYPES)
+    logged = {kind.event.decode(): kind for kind in structs}
+    assert {**logged, "metrics": Metrics} == EVENT_TYPES
     assert set(EVENT_CODES) == event_codes()
 
 
