@@ -64,6 +64,11 @@ _HEADERS: dict[str, Schema] = {
         "description": "The name of this request: yours, or a random one. Not in the home profile.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
     },
+    "Content-Security-Policy": {
+        "description": "What the page may do: run what is in it, and ask this server.",
+        "schema": {"type": "string"},
+        "required": True,
+    },
     "Location": {"description": "The task's path.", "schema": {"type": "string"}, "required": True},
     "Retry-After": {
         "description": "When to try again, in whole seconds.",
@@ -158,7 +163,9 @@ def _operation(operation: Operation) -> Schema:
     if operation.body is not None:
         content = {"schema": _reference(operation.body), "examples": _examples(operation.examples)}
         said["requestBody"] = {"required": True, "content": {JSON: content}}
-    if operation.ticket:
+    if operation.open:
+        said["security"] = []
+    elif operation.ticket:
         said["security"] = [{"token": []}, {"ticket": []}, {}]
     answers = {str(status): _answer(answer) for status, answer in operation.answers.items()}
     refusals = {
@@ -204,7 +211,9 @@ def _examples(values: dict[str, Any]) -> Schema:
 
 
 def _by_status(operation: Operation) -> dict[int, list[type[LlorchError]]]:
-    kinds = {*EVERYWHERE, *operation.refusals}
+    kinds = {kind for kind in EVERYWHERE if not (operation.open and kind.status == 401)} | {
+        *operation.refusals
+    }
     statuses = sorted({kind.status for kind in kinds})
     ordered = [type(example) for example in examples.REFUSALS]
     return {

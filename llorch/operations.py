@@ -47,7 +47,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One route: what it takes, and everything that it can answer; `refusals` beyond those of every route."""
+    """One route: what it takes, and everything that it can answer; `refusals` beyond those of every route.
+
+    `ticket`: a task's ticket will do instead of the token; `open`: no token is asked for.
+    """
 
     id: str
     tag: str
@@ -59,6 +62,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     answers: dict[int, Answer]
     refusals: tuple[type[LlorchError], ...] = ()
     ticket: bool = False
+    open: bool = False
 
 
 TAGS = {
@@ -91,6 +95,21 @@ _LINKS: dict[str, dict[str, Any]] = {
 }
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("GET", "/"): Operation(
+        id="getPage",
+        tag="service",
+        summary="The status page",
+        description="For a browser. It holds no data, so it asks for no token; what it then reads does.",
+        answers={
+            200: Answer(
+                description="One file, with its script and style inside.",
+                body={"type": "string"},
+                media_type="text/html",
+                headers=("Content-Security-Policy",),
+            )
+        },
+        open=True,
+    ),
     ("GET", "/health"): Operation(
         id="getHealth",
         tag="service",

@@ -15,6 +15,7 @@ import jsonschema_rs
 
 FILE = Path(__file__).parent.parent / "docs" / "openapi.json"
 ALWAYS = {"content-type", "content-length", "date", "server", "connection", "cache-control", "vary"}
+ALWAYS |= {"cross-origin-opener-policy", "cross-origin-resource-policy", "referrer-policy", "x-frame-options"}
 ALWAYS |= {"x-content-type-options", "x-accel-buffering", "transfer-encoding"}  # what the transport is about
 
 
