@@ -8,18 +8,20 @@ import secrets
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import tomli_w
 
-from llorch import __version__
-from llorch.config import SECRET_KEYS, Config, ConfigError, env_name, load, unknown_variables
-from llorch.server import EXIT_CONFIG, StartError, serve
+from llorch import __version__, arguments
+from llorch.config import SECRET_KEYS, Config, ConfigError, env_name, load, parse_address, unknown_variables
+from llorch.exits import Exit
+
+if TYPE_CHECKING:
+    from llorch import doctor
 
 DEFAULT_CONFIG = Path("config.toml")
 CONFIG_VARIABLE = "LLORCH_CONFIG"
-EXIT_INTERRUPTED = 130
 _FLAGS = {
     "bind_addr": "where to listen, as IP:port",
     "profile": "mvp or home",
@@ -33,9 +35,13 @@ _FLAGS = {
 class UsageError(Exception):
     """Something on the command line can't be done; the message says why and what to do."""
 
+    def __init__(self, message: str, exit_code: int = Exit.CONFIG) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (a bug), 69 (port taken), 78 (configuration, no GPU)."""
+    """Run one command; returns its exit code, see `exits`."""
     options = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be no text
@@ -43,22 +49,21 @@ def main(argv: list[str] | None = None) -> int:
         exit_code: int = options.run(options)
     except ConfigError as error:
         _complain(*error.faults)
-        exit_code = EXIT_CONFIG
-    except StartError as error:
-        _complain(str(error))
-        exit_code = error.exit_code
+        exit_code = Exit.CONFIG
     except UsageError as error:
         _complain(str(error))
-        exit_code = EXIT_CONFIG
+        exit_code = error.exit_code
     except KeyboardInterrupt:
-        exit_code = EXIT_INTERRUPTED
+        exit_code = Exit.INTERRUPTED
     _flush()
     return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llorch", description="An LLM orchestrator for one GPU workstation.", allow_abbrev=False
+    parser = arguments.Parser(
+        prog="llorch",
+        description="An LLM orchestrator for one GPU workstation.",
+        epilog=f"`llorch COMMAND --help` says more.\n\n{arguments.EPILOG}",
     )
     parser.add_argument("--version", action="version", version=f"llorch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -83,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", nargs="?", type=Path, default=DEFAULT_CONFIG, help="default: config.toml")
     command.add_argument("--force", action="store_true", help="overwrite a file that is there")
     command.set_defaults(run=_init)
+
+    arguments.add_commands(commands, _client)
+    _add_config(arguments.add_doctor(commands, _doctor))
+    arguments.add_completion(commands, _completion)
     return parser
 
 
@@ -97,6 +106,16 @@ def _config_file(options: argparse.Namespace) -> Path | None:
     if named := os.environ.get(CONFIG_VARIABLE):
         return Path(named)
     return DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None  # Path.exists raises for some places
+
+
+def serve(config: Config, config_file: Path | None) -> int:
+    """Run the server; its modules take a while to load, so only here. Raises UsageError."""
+    from llorch import server
+
+    try:
+        return server.serve(config, config_file)
+    except server.StartError as error:
+        raise UsageError(str(error), error.exit_code) from error
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -131,6 +150,80 @@ def _init(options: argparse.Namespace) -> int:
     _say(f"wrote {options.path}, readable by you alone, with a fresh token in it")
     _say(f"next: look through it, then: llorch serve --config {options.path}")
     return 0
+
+
+# -- a server's clients ----------------------------------------------------------------------------
+
+
+def _client(options: argparse.Namespace) -> int:
+    from llorch import commands
+
+    named = options.url or os.environ.get(arguments.URL_VARIABLE)
+    return commands.main(options, (named, "") if named else _server_here())
+
+
+def _server_here() -> tuple[str, str]:
+    """URL and token of the server that `llorch serve` would start here, so that a first try just works.
+
+    Only one on this very machine: a file that lies about must not send a prompt elsewhere.
+    """
+    try:
+        path = DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None
+        named = os.environ.get(CONFIG_VARIABLE)
+        config = load(Path(named) if named else path, os.environ)
+    except ConfigError:  # its own faults; `check-config` tells them
+        return arguments.DEFAULT_URL, ""
+    address = parse_address(config.bind_addr)
+    if not address.is_loopback:
+        return arguments.DEFAULT_URL, ""
+    return f"http://{address}", config.auth.token
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from llorch import doctor
+    from llorch.terminal import Console
+
+    return asyncio.run(doctor.main(Console.standard(), _examined(options), as_json=options.json))
+
+
+def _examined(options: argparse.Namespace) -> "doctor.Setup":
+    """What the doctor has to look at: the configuration that `llorch serve` would have here."""
+    from llorch import doctor
+
+    path, slips = _config_file(options), unknown_variables(os.environ)
+    try:
+        config = load(path, os.environ)
+    except ConfigError as error:
+        return doctor.Setup(config_file=path, faults=error.faults, slips=slips)
+    address, adapter = parse_address(config.bind_addr), config.adapter
+    return doctor.Setup(
+        config_file=path,
+        slips=slips,
+        host=address.host,
+        port=address.port,
+        token=config.auth.token,
+        token_file=Path(config.auth.token_file) if config.auth.token_file else None,
+        secret_in_config=not os.environ.get(env_name("auth.token")),
+        endpoint=adapter.endpoint,
+        api_key=adapter.api_key,
+        slots=None if adapter.slots == "auto" else adapter.slots,
+        ctx=config.limits.ctx,
+        connect_s=config.timeouts.connect_s,
+        control_s=config.timeouts.control_s,
+        gpu_required=config.gpu.required,
+    )
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from llorch import completion
+
+    _say(completion.script(_parser(), options.shell).rstrip("\n"))
+    return Exit.DONE
+
+
+# -- files, stdout and stderr ----------------------------------------------------------------------
 
 
 def _write_private(path: Path, text: str, *, overwrite: bool) -> None:

@@ -12,7 +12,8 @@ ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
     health capabilities replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp
     gpu telemetry logs sdnotify security wire examples glossary operations openapi streams status page api
-    journal server cli __main__
+    journal server exits terminal answers client tables arguments prompts following top commands doctor
+    completion cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")

@@ -23,11 +23,11 @@ def parse(data: bytes, *, cuts: list[int] | None = None, max_event_bytes: int = 
 def reference(data: bytes) -> list[ServerEvent]:
     """The standard's algorithm on the whole text, plainly; `error` is llama.cpp's own field."""
     text = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    events, name, value_lines = [], b"", []
+    events, name, last_id, value_lines = [], b"", b"", []
     for line in text.split(b"\n")[:-1]:
         if line == b"":
             if value_lines:
-                events.append(ServerEvent(name, b"\n".join(value_lines)))
+                events.append(ServerEvent(name, b"\n".join(value_lines), last_id))
             name, value_lines = b"", []
             continue
         if line.startswith(b":"):
@@ -39,6 +39,8 @@ def reference(data: bytes) -> list[ServerEvent]:
             value_lines.append(value)
         if field in (b"event", b"error"):
             name = value if field == b"event" else b"error"
+        if field == b"id" and b"\x00" not in value:
+            last_id = value
     return events
 
 
@@ -106,7 +108,19 @@ def test_ten_thousand_events_in_one_block_are_all_given_back() -> None:
 )
 def test_fields_are_read_by_the_standard(data: bytes, expected: list[tuple[bytes, bytes]]) -> None:
     """Multi-line data, the optional space, BOM, comments, names, llama.cpp's `error:` line [E8, E13]."""
-    assert parse(data) == expected
+    assert [event[:2] for event in parse(data)] == expected
+
+
+def test_an_id_holds_until_the_next() -> None:
+    """It is the stream's, so an event without one has the last; one with a NUL is none."""
+    data = b"data: a\n\nid: 1\ndata: b\n\ndata: c\n\nid: 2\n\nid: \x00\ndata: d\n\nid\ndata: e\n\n"
+    assert [(event.data, event.id) for event in parse(data)] == [
+        (b"a", b""),
+        (b"b", b"1"),
+        (b"c", b"1"),
+        (b"d", b"2"),
+        (b"e", b""),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +128,7 @@ def test_fields_are_read_by_the_standard(data: bytes, expected: list[tuple[bytes
 )
 def test_an_event_that_never_ends_is_never_shown(unfinished: bytes) -> None:
     """Without its blank line an event does not exist [E9]."""
-    assert parse(b"data: whole\n\n" + unfinished) == [(b"", b"whole")]
+    assert parse(b"data: whole\n\n" + unfinished) == [ServerEvent(b"", b"whole")]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class ServerEvent(NamedTuple):
-    """One event: its name, empty for a plain message, and its data."""
+    """One event: its name, empty for a plain message, its data, and the last `id` said so far."""
 
     name: bytes
     data: bytes
+    id: bytes = b""
 
 
 class EventTooLong(Exception):
@@ -28,6 +29,7 @@ class SseParser:
         self._ended_in_cr = False
         self._first_line = True
         self._name = b""
+        self._id = b""  # of the stream, not of one event: the standard keeps it
         self._data: list[bytes] = []
         self._size = 0
 
@@ -71,7 +73,7 @@ class SseParser:
             line = line.removeprefix(_BOM)
         if not line:
             if self._data:
-                events.append(ServerEvent(self._name, b"\n".join(self._data)))
+                events.append(ServerEvent(self._name, b"\n".join(self._data), self._id))
             self._name, self._data, self._size = b"", [], 0
             return
         field, _, value = line.partition(b":")
@@ -80,6 +82,8 @@ class SseParser:
             self._add(value)
         elif field == b"event":
             self._name = value
+        elif field == b"id" and b"\x00" not in value:
+            self._id = value
         elif field == b"error":  # older llama.cpp sends its error frame as a field of this name
             self._name = b"error"
             self._add(value)

@@ -1,0 +1,270 @@
+"""`llorch doctor`: does this machine have what llorch needs? Each check is one function, with its cure.
+
+The one rule: a check changes nothing, needs no running llorch, and never calls good what it could not see:
+what can't be told from outside is a `note` that says where to look.
+"""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pynvml
+
+from llorch.adapters.llamacpp import LlamaCpp
+from llorch.answers import BadAnswer, ClientError, NotAllowed, Pool, Refused, TooOld, Unreachable
+from llorch.client import Client
+from llorch.engine import EngineFailure, EngineLoading, EngineMisconfigured, Props
+from llorch.exits import Exit
+from llorch.gpu import GpuUnavailable, preflight
+from llorch.terminal import Console, clean, style
+
+FLAGS = "-np N --no-kv-unified --no-context-shift --cache-ram 0"
+_STYLES = {"good": "green", "bad": "red", "note": "yellow"}
+_INDENT = " " * 6
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be examined, as plain values; seconds. `faults` not empty: the rest is not in force."""
+
+    config_file: Path | None = None
+    faults: list[str] = []
+    slips: list[str] = []
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token: str = ""
+    token_file: Path | None = None
+    secret_in_config: bool = False
+    endpoint: str = "http://127.0.0.1:8081"
+    api_key: str = ""
+    slots: int | None = 1  # None: all the engine has
+    ctx: int = 0
+    connect_s: float = 5.0
+    control_s: float = 5.0
+    gpu_required: bool = True
+
+
+class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one check found; `mend` is the cure, where there is something to mend or to know."""
+
+    check: str
+    verdict: Literal["good", "bad", "note"]
+    what: str
+    mend: str = ""
+
+
+async def main(console: Console, setup: Setup, *, as_json: bool) -> int:
+    """Examine and tell; Exit.FAILED if anything is bad."""
+    findings = await examine(setup)
+    healthy = all(finding.verdict != "bad" for finding in findings)
+    if as_json:
+        told = msgspec.json.encode({"good": healthy, "checks": findings}).decode()
+        await console.write(f"{told}\n", trusted=True)
+    else:
+        await console.lines(lines(findings, colour=console.colour))
+    return Exit.DONE if healthy else Exit.FAILED
+
+
+async def examine(setup: Setup, nvml: Any = pynvml) -> list[Finding]:
+    """Every check that can be made, in the order in which to mend."""
+    findings = [*configuration(setup), *graphics(setup, nvml)]
+    if setup.faults:
+        skipped = "address, engine and seeds: not examined, for want of a good configuration"
+        return [*findings, Finding("the rest", "note", skipped, "mend it, then run llorch doctor again")]
+    findings += token(setup)
+    on_port, pool = await address(setup)
+    props, on_engine = await engine(setup)
+    findings += [*on_port, *on_engine]
+    if props is not None:
+        findings += [*context(setup, props), *seeds(setup, props, pool)]
+    return findings
+
+
+def lines(findings: Iterable[Finding], *, colour: bool) -> list[str]:
+    """For a person: the verdict, the check, what was found, and on a line of its own how to mend it."""
+    shown: list[str] = []
+    for finding in findings:
+        word = finding.verdict.upper() if finding.verdict == "bad" else finding.verdict
+        verdict = style(f"{word:<4}", _STYLES[finding.verdict], colour=colour)
+        shown.append(f"{verdict}  {finding.check}: {clean(finding.what)}")
+        if finding.mend:
+            shown.append(f"{_INDENT}{'mend' if finding.verdict == 'bad' else 'know'}: {clean(finding.mend)}")
+    return shown
+
+
+# -- what is on this machine -----------------------------------------------------------------------
+
+
+def configuration(setup: Setup) -> list[Finding]:
+    """The file and the environment, as `check-config` has them."""
+    named = str(setup.config_file or "the built-in values")
+    found = [
+        Finding("configuration", "bad", fault, "change that; llorch check-config looks again")
+        for fault in setup.faults
+    ]
+    found = found or [Finding("configuration", "good", named)]
+    return found + [
+        Finding("environment", "note", slip, "nothing reads it: rename it or take it out")
+        for slip in setup.slips
+    ]
+
+
+def token(setup: Setup) -> list[Finding]:
+    """Who may ask, and who may read the secret."""
+    if not setup.token:
+        open_to = f"none is set, so every program on this machine may ask ({setup.host} is loopback)"
+        return [Finding("token", "good", open_to)]
+    file = setup.token_file or (setup.config_file if setup.secret_in_config else None)
+    if file is None:
+        return [Finding("token", "good", "from the environment")]
+    try:
+        mode = stat.S_IMODE(os.stat(file).st_mode)
+    except OSError as error:
+        return [Finding("token", "bad", f"{file} can't be looked at: {error.strerror}", "check its path")]
+    if mode & 0o077:
+        what = f"others on this machine can read {file} (mode {mode:04o})"
+        return [Finding("token", "bad", what, f"chmod 600 {file}")]
+    return [Finding("token", "good", f"in {file}, readable by its owner alone (mode {mode:04o})")]
+
+
+def graphics(setup: Setup, nvml: Any = pynvml) -> list[Finding]:
+    """GPU and driver, through NVML."""
+    try:
+        return [Finding("GPU", "good", str(preflight(nvml)))]
+    except GpuUnavailable as fault:
+        what, _, cure = str(fault).partition(": ")
+        if setup.gpu_required:
+            return [Finding("GPU", "bad", what, cure)]
+        know = "gpu.required = false: llorch starts, and inference may run on the CPU; for CI and demos only"
+        return [Finding("GPU", "note", what, know)]
+
+
+# -- where llorch listens --------------------------------------------------------------------------
+
+
+async def address(setup: Setup) -> tuple[list[Finding], Pool | None]:
+    """Whether the port is free, or held by llorch; and how its pool is, if it says."""
+    where = f"[{setup.host}]:{setup.port}" if ":" in setup.host else f"{setup.host}:{setup.port}"
+    fault = _bind_fault(setup)
+    if fault is None:
+        return [Finding("address", "good", f"{where} is free; no llorch runs there yet")], None
+    if fault.errno != errno.EADDRINUSE:
+        what = f"llorch can't listen on {where}: {fault.strerror}"
+        return [Finding("address", "bad", what, "set bind_addr to an address of this machine")], None
+    return await _holder(setup, where)
+
+
+def _bind_fault(setup: Setup) -> OSError | None:
+    host = "127.0.0.1" if setup.host == "localhost" else setup.host
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, setup.port))
+            sock.listen(1)
+    except OSError as error:
+        return error
+    return None
+
+
+async def _holder(setup: Setup, where: str) -> tuple[list[Finding], Pool | None]:
+    """Who has the port, by how it answers."""
+    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(setup.host, setup.host)
+    host = f"[{reach}]" if ":" in reach else reach
+    try:
+        async with Client(f"http://{host}:{setup.port}", setup.token) as client:
+            pool = await client.pool("default")
+    except NotAllowed as error:
+        what = f"{where} is held by a llorch that refuses this token ({error.answer.code})"
+        mend = "it was started with another configuration: name that with --config, or restart it"
+        return [Finding("address", "bad", what, mend)], None
+    except (Refused, TooOld) as error:
+        return [Finding("address", "note", f"{where} is held by a llorch that says: {error}")], None
+    except (BadAnswer, Unreachable, ClientError):
+        who = f"`ss -ltnp 'sport = :{setup.port}'` shows who has it"
+        if str(setup.port) == setup.endpoint.rpartition(":")[2].rstrip("/"):
+            mend = "the engine is at this very address: start llama-server with --port 8081"
+        else:
+            mend = f"stop it, or choose another bind_addr; {who} (llama-server's own default is 8080)"
+        return [Finding("address", "bad", f"{where} is taken by a program that is not llorch", mend)], None
+    found = [Finding("address", "good", f"{where} is held by a llorch that answers")]
+    if not pool.ready:
+        why = pool.last_error or "the model is loading"
+        found.append(
+            Finding("llorch", "bad", f"pool {pool.pool_id} is not ready: {why}", "see the engine below")
+        )
+    return found, pool
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+async def engine(setup: Setup) -> tuple[Props | None, list[Finding]]:
+    """Whether it answers what llorch asks of it, in llorch's own way."""
+    start = f"start it: llama-server -m MODEL.gguf --port {setup.endpoint.rpartition(':')[2]} {FLAGS}"
+    llama = LlamaCpp(
+        setup.endpoint, api_key=setup.api_key, connect_s=setup.connect_s, control_s=setup.control_s
+    )
+    try:
+        await llama.health()
+        props = await llama.props()
+        await llama.busy_slots()
+    except EngineLoading:
+        what = f"{setup.endpoint} is loading its model"
+        return None, [Finding("engine", "note", what, "wait until it has; llorch does the same")]
+    except EngineMisconfigured as failure:
+        mend = (
+            "it wants a key: set adapter.api_key_file"
+            if "401" in str(failure)
+            else "start llama-server with --slots and without --no-slots, and nothing else on that port"
+        )
+        return None, [Finding("engine", "bad", f"{setup.endpoint}: {failure}", mend)]
+    except EngineFailure as failure:
+        return None, [Finding("engine", "bad", f"{setup.endpoint}: {failure}", start)]
+    finally:
+        await llama.close()
+    told = f"{setup.endpoint}: {props.model or 'a model'}, {props.slots} slots of {props.ctx} tokens"
+    version = f", {props.engine_version}" if props.engine_version else ""
+    return props, [Finding("engine", "good", f"{told}{version}"), *_slots(setup, props)]
+
+
+def _slots(setup: Setup, props: Props) -> list[Finding]:
+    if setup.slots is None or setup.slots == props.slots:
+        return []
+    if setup.slots > props.slots:
+        what = f"adapter.slots is {setup.slots}, the engine has {props.slots}: so many are used"
+        return [Finding("slots", "note", what, f"start llama-server with -np {setup.slots}")]
+    what = f"llorch uses {setup.slots} of the engine's {props.slots} slots"
+    return [Finding("slots", "note", what, 'adapter.slots = "auto" uses all of them')]
+
+
+def context(setup: Setup, props: Props) -> list[Finding]:
+    """Whether a slot holds what the configuration promises."""
+    if setup.ctx > props.ctx:
+        what = f"limits.ctx is {setup.ctx}, a slot of the engine holds {props.ctx} tokens"
+        mend = f"start llama-server with -c {setup.ctx * props.slots}, or lower limits.ctx"
+        return [Finding("context", "bad", what, mend)]
+    return []
+
+
+def seeds(setup: Setup, props: Props, pool: Pool | None) -> list[Finding]:
+    """Whether the same seed can give the same bytes: by llorch's own test, else as far as can be told."""
+    verdicts: dict[str, Callable[[], Finding]] = {
+        "verified": lambda: Finding("seeds", "good", "llorch's test found the same bytes twice"),
+        "failed": lambda: Finding(
+            "seeds", "bad", "llorch's test got two texts from one seed", f"restart llama-server with {FLAGS}"
+        ),
+    }
+    if pool is not None and pool.determinism in verdicts:
+        return [verdicts[pool.determinism]()]
+    used = props.slots if setup.slots is None else min(setup.slots, props.slots)
+    if used == 1:
+        return [Finding("seeds", "good", "llorch uses one slot, without its cache for seeded tasks")]
+    what = f"{used} slots are used, and whether they share one cache can't be seen from outside"
+    know = (
+        f"llama-server needs {FLAGS}, and no draft model; llorch tests it when it starts, see llorch health"
+    )
+    return [Finding("seeds", "note", what, know)]
