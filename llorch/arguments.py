@@ -77,7 +77,7 @@ def add_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> Non
         "--last-event-id",
         type=_whole,
         metavar="N",
-        help="begin after the event with this id, as EventSource does",
+        help="begin after the event with this id (token i has id i + 1)",
     )
     _add_patience(parser)
 

@@ -56,15 +56,16 @@ def main(options: argparse.Namespace, server: tuple[str, str] = (DEFAULT_URL, ""
         body = prompts.task_body(options) if options.command in ("run", "submit") else {}
         url = where(options, os.environ, server[0])
         token = prompts.token(options, dict(os.environ), server[1] if url == server[0] else "")
-        return asyncio.run(_run(options, console, url, token, body))
+        return asyncio.run(execute(options, console, url, token, body))
     except prompts.InputFault as fault:
         console.complain(str(fault))
         return fault.exit_code
 
 
-async def _run(
+async def execute(
     options: argparse.Namespace, console: Console, url: str, token: str, body: dict[str, Any]
 ) -> int:
+    """The command against the server at `url`; `body` is the task of `run` and `submit`. The exit code."""
     try:
         try:
             async with Client(url, token) as client:
@@ -127,6 +128,8 @@ def explain(error: ClientError) -> str:
             f"{error} ({error.answer.code}): give it by LLORCH_AUTH_TOKEN or --token-file FILE; it is "
             "auth.token in the server's configuration"
         )
+    if isinstance(error, TooOld):
+        return f"{error}; llorch ps and llorch health do without"
     if not isinstance(error, Refused):
         return str(error)
     line = f"{error} ({error.answer.code})"

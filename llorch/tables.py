@@ -116,7 +116,7 @@ def health_lines(pools: list[Pool], *, colour: bool) -> list[str]:
             ("seeds", _SEEDS.get(pool.determinism, pool.determinism)),
             ("computes on", pool.accelerator),
         ]
-        lines += table([(f"  {name}", value) for name, value in facts if value])
+        lines += [f"  {line}" for line in table([(name, value) for name, value in facts if value])]
     return lines or ["no pools"]
 
 
