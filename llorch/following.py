@@ -245,6 +245,8 @@ async def admitted(
         posting = asyncio.create_task(client.submit(body), name="submit")
         try:
             if await signals.before(posting):
+                progress.note("cancelling; Ctrl-C again leaves at once")
+                console.progress(progress.line())
                 await _take_back(client, console, posting)
                 raise Interrupted
             return posting.result()
@@ -277,11 +279,14 @@ async def _take_back(client: Client, console: Console, posting: "asyncio.Task[Cr
 async def _cancel(client: Client, console: Console, task_id: str) -> str:
     """Cancel it, as often as it takes for some seconds; what became of it, in words."""
     console.progress(f"cancelling task {task_id}; Ctrl-C again leaves at once")
-    until = time.monotonic() + CANCEL_S
+    until, told = time.monotonic() + CANCEL_S, False
     while True:
         try:
             return fate(await client.cancel(task_id))
         except (Unreachable, Unavailable) as error:
+            if not told:
+                told = True
+                console.complain(f"can't cancel yet ({error}); Ctrl-C again leaves it running")
             if time.monotonic() > until:
                 return f"task {task_id} could not be cancelled ({error}); later: llorch cancel {task_id}"
         except ClientError as error:
@@ -344,6 +349,7 @@ class Watch:
                     self._broken(event)
                 elif isinstance(event, Metrics):
                     self._progress.metrics(event)
+                    self._console.progress(self._progress.line())
                 else:
                     await self._write(event)
                     if isinstance(event, End | Error):

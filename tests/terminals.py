@@ -22,7 +22,7 @@ from typing import Literal
 from tests.fakes import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
-Kind = Literal["tty", "pipe", "closed", "null"]
+Kind = Literal["tty", "pipe", "closed", "null", "full"]
 
 
 class Command:
@@ -95,6 +95,8 @@ class Command:
             return os.dup(self._slave)
         if kind in ("null", "closed"):
             return os.open(os.devnull, os.O_RDWR)
+        if kind == "full":
+            return os.open("/dev/full", os.O_WRONLY)
         reading, writing = os.pipe()
         self._pipes[stream] = writing if stream == 0 else reading
         return reading if stream == 0 else writing
