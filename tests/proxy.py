@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 
 from tests.fakes import _reset
 
@@ -18,7 +17,6 @@ class Proxy:
         self.count = 0
         self.requests: list[bytes] = []
         self.down = False
-        self.on_cut: Callable[[], None] = lambda: None
         self._open: set[asyncio.StreamWriter] = set()
         self._handlers: set[asyncio.Task[None]] = set()
 
@@ -68,20 +66,27 @@ class Proxy:
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._to)
         upstream.write(head)
         there = asyncio.create_task(_copy(reader, upstream))
-        try:
+        back = asyncio.create_task(self._answer(upstream_reader, writer, left))
+        try:  # whichever side leaves first, the other one is told at once
+            await asyncio.wait({there, back}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            there.cancel()
+            back.cancel()
+            upstream.close()
+
+    async def _answer(
+        self, upstream: asyncio.StreamReader, writer: asyncio.StreamWriter, left: int | None
+    ) -> None:
+        with contextlib.suppress(OSError):
             while left is None or left > 0:
-                block = await upstream_reader.read(65536 if left is None else min(left, 65536))
+                block = await upstream.read(65536 if left is None else min(left, 65536))
                 if not block:
                     return
                 writer.write(block)
                 await writer.drain()
                 left = None if left is None else left - len(block)
             await asyncio.sleep(0)  # what was written goes out before the reset
-            self.on_cut()
             _reset(writer)
-        finally:
-            there.cancel()
-            upstream.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
