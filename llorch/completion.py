@@ -155,6 +155,7 @@ def _zsh_case(command: Command) -> Iterator[str]:
     positionals = [
         _quoted(f"::{_colons(_brackets(option.text))}:{_zsh_action(option)}")
         for option in command.positionals
+        if option.choices or option.is_file  # a hint for free text would keep zsh from completing options
     ]
     yield f"                {command.name})"
     yield from _zsh_arguments(command, " " * 20, positionals)
@@ -163,7 +164,7 @@ def _zsh_case(command: Command) -> Iterator[str]:
 
 def _zsh_arguments(command: Command, indent: str, more: list[str]) -> Iterator[str]:
     specs = [spec for option in command.options if option.flags for spec in _zsh_option(option)]
-    yield f"{indent}_arguments -C -s \\"
+    yield f"{indent}_arguments -C \\"
     for spec in [*specs, *more][:-1]:
         yield f"{indent}    {spec} \\"
     yield f"{indent}    {[*specs, *more][-1]}"
@@ -210,10 +211,10 @@ def _fish(found: list[Command]) -> list[str]:
 def _fish_option(condition: str, option: Option) -> str:
     names = [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags]
     choices = f" -a {_fish_quoted(' '.join(option.choices))}" if option.choices else ""
-    files = " -F" if option.is_file else ""
-    if not names and not choices and not files:
+    if not names and not choices and not option.is_file:
         return ""  # free text
-    required = " -r" if option.takes_value and names else ""
+    files = " -F" if option.is_file else ""
+    required = "" if not (option.takes_value and names) else " -r" if option.is_file else " -x"
     named = "".join(f" {name}" for name in names)
     return (
         f"complete -c llorch -n {condition}{named}{required}{files}{choices} -d {_fish_quoted(option.text)}"

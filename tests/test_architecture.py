@@ -40,7 +40,12 @@ ISLANDS = {
     "telemetry",
     "logs",
     "sdnotify",
+    "exits",
+    "terminal",
+    "completion",
 }  # import none
+CLIENT_SIDE = {"answers", "client", "tables", "arguments", "prompts", "following", "top", "commands"}
+OF_BOTH_SIDES = {"events", "adapters.sse", "exits", "terminal"}
 
 
 def imports(module: str) -> set[str]:
@@ -69,3 +74,20 @@ def test_a_module_knows_only_what_is_above_it(module: str) -> None:
     assert not imports(module) & BLIND.get(module, set())
     assert "config" not in ours or module in ("server", "cli")
     assert not ours or module not in ISLANDS
+
+
+@pytest.mark.parametrize("module", sorted(CLIENT_SIDE))
+def test_a_client_knows_nothing_of_a_servers_inside(module: str) -> None:
+    """It has what goes over the wire, and what a terminal needs."""
+    assert imports(module) & set(ORDER) <= CLIENT_SIDE | OF_BOTH_SIDES
+
+
+@pytest.mark.parametrize("module", ["cli", "arguments", "completion", "exits", "config"])
+def test_help_is_quick(module: str) -> None:
+    """What stands at the top of a module that every command loads brings no HTTP library along."""
+    tree = ast.parse(MODULES[module].read_text())
+    at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = {name.name for node in at_the_top for name in node.names}
+    named |= {node.module or "" for node in at_the_top if isinstance(node, ast.ImportFrom)}
+    slow = ("aiohttp", "llorch.server", "llorch.client", "llorch.commands", "llorch.doctor", "pynvml")
+    assert not named & {*slow, *(name.removeprefix("llorch.") for name in slow)}

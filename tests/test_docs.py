@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llorch import __version__, api, engine, errors
+from llorch.arguments import URL_VARIABLE
 from llorch.cli import CONFIG_VARIABLE
 from llorch.config import defaults, env_name
 
@@ -65,7 +66,7 @@ def test_every_table_of_the_configuration_can_be_found() -> None:
     assert [f"{table}.{key}" for table, key in named if key not in TABLES[table]] == []
     variables = set(re.findall(r"\bLLORCH_[A-Z0-9_]+", README + (ROOT / "scripts/smoke").read_text("utf-8")))
     assert variables
-    assert variables <= {CONFIG_VARIABLE, *map(env_name, KEYS)}
+    assert variables <= {CONFIG_VARIABLE, URL_VARIABLE, *map(env_name, KEYS)}
 
 
 def test_every_flag_in_readme_is_one() -> None:
