@@ -232,7 +232,7 @@ class _Screen:
         lines, fault = self._redraw
         columns, rows = self.console.size
         shown = [style(clean(fault), "red", colour=self.console.colour), *lines] if fault else lines
-        body = f"{_TO_LINE_END}\r\n".join(_cut(line, columns) for line in shown[: rows - 1])
+        body = f"{_TO_LINE_END}\n".join(_cut(line, columns) for line in shown[: rows - 1])
         self._write(f"{_HOME}{body}{_TO_LINE_END}{_TO_SCREEN_END}")
 
     def _key(self) -> None:

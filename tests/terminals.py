@@ -154,7 +154,8 @@ class Command:
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            raise AssertionError(f"no {text!r} in {self.screen!r} {self.out!r} {self.err!r}") from None
+            came = f"{self.screen[-500:]!r} {self.out[-500:]!r} {self.err[-500:]!r}"
+            raise AssertionError(f"no {text!r} in {came}") from None
 
     async def exit_code(self) -> int:
         """Return its exit code once it has ended and all it said has been read."""
