@@ -1,7 +1,7 @@
 """The commands that talk to a server: ask, show, and an exit code that a script can use.
 
 The one rule: whatever happens is said in a line on stderr, for a person, and by the exit code, for a script;
-with `--json` stdout has one JSON value in every case.
+with `--json` what a server answers, a refusal too, is JSON on stdout.
 """
 
 import argparse

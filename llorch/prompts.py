@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llorch.arguments import TASK_FIELDS, given
+from llorch.arguments import TASK_FIELDS, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE, given
 from llorch.exits import Exit
 
 
@@ -116,9 +116,9 @@ def token(options: argparse.Namespace, env: dict[str, str], otherwise: str) -> s
     """The token: that of `--token-file`, of the environment, else `otherwise`. Raises InputFault."""
     if options.token_file is not None:
         return _private(options.token_file)
-    if inline := env.get("LLORCH_AUTH_TOKEN"):
+    if inline := env.get(TOKEN_VARIABLE):
         return inline
-    if named := env.get("LLORCH_AUTH_TOKEN_FILE"):
+    if named := env.get(TOKEN_FILE_VARIABLE):
         return _private(Path(named))
     return otherwise
 
