@@ -13,11 +13,11 @@ import resource
 import signal
 import socket
 import stat
+import tomllib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from llorch import __version__, gpu, journal, logs, sdnotify, selftest
@@ -260,15 +260,19 @@ def _warn(config: Config, config_file: Path | None) -> None:
         )
     for line in unknown_variables(os.environ):
         log.warning("%s", line, extra=extra)
-    inline = [
-        key
-        for key in SECRET_KEYS
-        if msgspec.to_builtins(config)[key.partition(".")[0]][key.partition(".")[2]]
-    ]
-    if config_file is not None and inline and stat.S_IMODE(config_file.stat().st_mode) & 0o077:
+    if config_file is not None and _shows_a_secret(config_file):
         log.warning(
             "others on this machine can read %s and the secrets in it: chmod 600 it", config_file, extra=extra
         )
+
+
+def _shows_a_secret(config_file: Path) -> bool:
+    """Whether the file itself holds a secret, not what came from elsewhere, and lets others read it."""
+    if not config_file.is_file() or not stat.S_IMODE(config_file.stat().st_mode) & 0o077:
+        return False
+    tables = tomllib.loads(config_file.read_text("utf-8"))
+    keys = (key.partition(".") for key in SECRET_KEYS)
+    return any(tables.get(table, {}).get(name) for table, _, name in keys)
 
 
 # -- run and stop ----------------------------------------------------------------------------------
