@@ -70,7 +70,7 @@ class AdmissionQueue:
     def reserve(self, size_bytes: int, free_slots: int = 0) -> Reservation:
         """Hold a place for a task that may wait, or go straight to one of `free_slots`; raises QueueFull."""
         if len(self._waiting) + self.reserved >= self.capacity + free_slots:
-            raise self._refuse(f"the queue is full: {len(self._waiting)} of {self.capacity} tasks wait")
+            raise self._refuse(_full(len(self._waiting), self.capacity))
         self.check_bytes(size_bytes)
         self.reserved += 1
         self.reserved_bytes += size_bytes
@@ -80,7 +80,8 @@ class AdmissionQueue:
         """Raise QueueFull if `more` bytes of prompt do not fit."""
         held = self.waiting_bytes + self.reserved_bytes
         if more > 0 and held + more > self.max_bytes:
-            raise self._refuse(f"the queue is full: its prompts hold {held} of {self.max_bytes} bytes")
+            held_of = f"{held} of {self.max_bytes} bytes (queue.max_bytes)"
+            raise self._refuse(f"the queue is full: its prompts hold {held_of}; try again later")
 
     def admit(self, reservation: Reservation, task: Task) -> int:
         """Put `task` last, in the place that was reserved, and say how many wait before it.
@@ -89,7 +90,7 @@ class AdmissionQueue:
         """
         position = len(self._waiting)
         if position >= self.capacity:
-            raise self._refuse(f"the queue is full: {position} of {self.capacity} tasks wait")
+            raise self._refuse(_full(position, self.capacity))
         task.size_bytes = reservation.size_bytes
         reservation.release()
         self._waiting[task.id] = task
@@ -136,3 +137,7 @@ def _in_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _full(waiting: int, capacity: int) -> str:
+    return f"the queue is full: {waiting} of {capacity} tasks wait (queue.capacity); try again later"

@@ -284,7 +284,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
 
 
 def _not_found(request: web.Request) -> NotFound:
-    return NotFound(f"no route {request.path[:80]}")
+    return NotFound(f"no route {request.path[:80]}: tasks are handed in at POST /v1/tasks")
 
 
 def _method_not_allowed(request: web.Request, allowed: set[str]) -> MethodNotAllowed:

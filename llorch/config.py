@@ -218,12 +218,14 @@ def parse_address(text: str) -> Address:
 def _read_file(path: Path, faults: list[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        faults.append(f"{path}: there is no such file: llorch init {path} writes one")
     except OSError as error:
         faults.append(f"{path}: can't be read: {error.strerror}")
     except UnicodeDecodeError as error:
         faults.append(f"{path}: is not UTF-8 (byte {error.start})")
     except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: 5,000 digits, 5,000 brackets
-        faults.append(f"{path}: is not valid TOML: {error}")
+        faults.append(f"{path}: is not valid TOML: {error}; a text needs quotes, a table [brackets]")
     return {}
 
 
@@ -244,7 +246,7 @@ def _section(kind: type[S], table: dict[str, Any], source: str, at: str, faults:
             try:
                 values[key] = msgspec.convert(value, hint)
             except msgspec.ValidationError as error:
-                faults.append(f"{source}{name}: {_explain(error)}, got {_show(name, value)}")
+                faults.append(f"{source}{name}: {_explain(error, hint)}, got {_show(name, value)}")
     return kind(**values)
 
 
@@ -267,9 +269,20 @@ def _did_you_mean(name: str) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _explain(error: msgspec.ValidationError) -> str:
+def _explain(error: msgspec.ValidationError, hint: Any) -> str:
+    if choices := _choices(hint):
+        return f"expected {' or '.join(choices)}"
     text = str(error).partition(" - at ")[0].replace("`", "")
     return text[:1].lower() + text[1:].partition(", got ")[0]
+
+
+def _choices(hint: Any) -> list[str]:
+    """What a key that has texts to choose from allows; empty for any other."""
+    info = msgspec.inspect.type_info(hint)
+    kinds = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    texts = [kind.values for kind in kinds if isinstance(kind, msgspec.inspect.LiteralType)]
+    numbers = [f"{kind.ge} to {kind.le}" for kind in kinds if isinstance(kind, msgspec.inspect.IntType)]
+    return [*numbers, *(f'"{text}"' for values in texts for text in values)] if texts else []
 
 
 def _show(name: str, value: Any) -> str:
@@ -326,7 +339,7 @@ def _override(config: Config, source: str, key: str, raw: Any, faults: list[str]
     try:
         value = msgspec.convert(raw, hint, strict=False)
     except msgspec.ValidationError as error:
-        faults.append(f"{source}: {_explain(error)}, got {_show(key, raw)}")
+        faults.append(f"{source}: {_explain(error, hint)}, got {_show(key, raw)}")
         return config
     except UnicodeEncodeError:  # bytes of the environment that are not UTF-8
         faults.append(f"{source}: is not text, got {_show(key, raw)}")
@@ -390,7 +403,7 @@ def _check(config: Config, faults: list[str]) -> None:
     except ValueError as error:
         faults.append(f"bind_addr: {error}, got {config.bind_addr!r}")
     _check_auth(config, address, faults)
-    _check_endpoint(config.adapter.endpoint, faults)
+    _check_endpoint(config.adapter.endpoint, address, faults)
     if not _printable(config.adapter.api_key):
         faults.append("adapter.api_key: only visible ASCII characters, without spaces")
     if config.limits.max_tokens_default > config.limits.max_tokens:
@@ -427,7 +440,7 @@ def _check_auth(config: Config, address: Address | None, faults: list[str]) -> N
             faults.append('auth.optional: must be false with profile = "home"')
 
 
-def _check_endpoint(endpoint: str, faults: list[str]) -> None:
+def _check_endpoint(endpoint: str, address: Address | None, faults: list[str]) -> None:
     try:
         url = URL(endpoint)
         good = url.scheme in ("http", "https") and url.host and url.path in ("", "/") and url.port != 0
@@ -437,6 +450,18 @@ def _check_endpoint(endpoint: str, faults: list[str]) -> None:
     if not good:
         shown = "(hidden)" if "@" in endpoint else repr(endpoint)  # it may have a password
         faults.append(f"adapter.endpoint: expected http://host:port and nothing more, got {shown}")
+    elif address is not None and url.port == address.port and _is_at(url.host or "", address):
+        faults.append(
+            f"adapter.endpoint: {endpoint} is llorch's own address (bind_addr): start llama-server on "
+            "another port, as with --port 8081, and name that"
+        )
+
+
+def _is_at(host: str, address: Address) -> bool:
+    """Whether a connection to `host` comes to what listens on `address`."""
+    if address.host in ("0.0.0.0", "::"):
+        return host in ("localhost", "127.0.0.1", "::1")
+    return host == address.host or {host, address.host} == {"localhost", "127.0.0.1"}
 
 
 def _is_host_name(text: str) -> bool:

@@ -30,7 +30,7 @@ class GpuSnapshot(msgspec.Struct, frozen=True):
         return f"{names}; driver {self.driver}"
 
 
-_CARVE_OUT = "For CI or a demo without a GPU, set gpu.required = false."
+_CARVE_OUT = "For CI or a demo without a GPU, set gpu.required = false (LLORCH_GPU_REQUIRED=false)."
 
 
 def preflight(nvml: Any = pynvml) -> GpuSnapshot:

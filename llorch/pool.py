@@ -155,7 +155,8 @@ class Pool:
         if replica.ready:
             return
         if replica.health in (Health.UNKNOWN, Health.LOADING):
-            raise self._refusal(PoolUnready, f"pool {self.pool_id} is not ready: {replica.health.value}")
+            message = f"pool {self.pool_id} is not ready: {replica.health.value}; try again in a moment"
+            raise self._refusal(PoolUnready, message)
         reason = replica.stuck or replica.last_error or replica.health.value
         raise self._refusal(PoolUnavailable, f"pool {self.pool_id} is unavailable: {reason}")
 
@@ -202,7 +203,8 @@ class Pool:
             raise ContextOverflow(
                 f"{tokens_in} prompt tokens + {asked or 'at least 1'} max_tokens > {ctx} tokens of context",
                 engine=self.engine.name,
-                hint="shorten the prompt, ask for fewer max_tokens, or give the engine a larger context",
+                hint="shorten the prompt, ask for fewer max_tokens, or give the engine a larger context "
+                "(llama-server's -c is for all slots together; limits.ctx lowers it)",
             )
         return min(wanted, left)
 

@@ -128,7 +128,8 @@ class Gate:
         if not given and self._optional_on_loopback and local and not proxied:
             return "localhost"
         refusal: type[LlorchError] = BadToken if given else MissingToken
-        what = "a different token is expected" if given else "a token is needed"
+        bearer = any(header.strip().lower().startswith("bearer ") for header in given)
+        what = "a different token is expected" if bearer else "a Bearer token is needed"
         raise refusal(what, hint="send Authorization: Bearer <the configured auth.token>", headers=_CHALLENGE)
 
     def _matches(self, authorization: str) -> bool:

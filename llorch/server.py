@@ -42,6 +42,7 @@ LINGERING_S = 2.0
 READERS_LEAVE_S = 1.0
 READERS_LEAVE_AT_ONCE_S = 0.5
 RESERVED_FILES = 256  # for engines, clients that do not stream, and what the process itself needs
+_LLAMA_SERVER_PORT = 8080
 CPU_CARVE_OUT = "cpu (gpu.required = false)"
 
 _NOT_HTTP = b'{"code":"INVALID_PARAMS","message":"this is not a valid HTTP request","engine":null}'
@@ -239,9 +240,11 @@ def _bind(address: Address) -> socket.socket:
 
 def _bind_error(address: Address, error: OSError) -> StartError:
     if error.errno == errno.EADDRINUSE:
+        default = "; 8080 is llama-server's own default: start that with --port 8081"
         return StartError(
             f"{address} is taken by another program: stop it, or choose another bind_addr "
-            f"(`ss -ltnp 'sport = :{address.port}'` shows who has it)",
+            f"(`ss -ltnp 'sport = :{address.port}'` shows who has it"
+            f"{default if address.port == _LLAMA_SERVER_PORT else ''})",
             EXIT_UNAVAILABLE,
         )
     return StartError(f"can't listen on {address}: {error.strerror}; mend bind_addr", EXIT_CONFIG)

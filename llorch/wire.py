@@ -135,6 +135,13 @@ _SAMPLING_FIELDS = [field.name for field in msgspec.structs.fields(Sampling)]
 _WHERE = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*)`", re.DOTALL)
 _MAX_NAME_CHARS = 60
+_ELSEWHERE = {  # what people bring along from other APIs
+    "model": "leave it out: a pool has one model (pool_id chooses the pool)",
+    "stream": "leave it out: every task has a stream, at the stream_url of its answer",
+    **dict.fromkeys(
+        ("n_predict", "num_predict", "max_new_tokens", "max_completion_tokens"), "did you mean max_tokens?"
+    ),
+}
 _REPEATS = re.compile(  # {m,n} in a grammar or a pattern; bounds in a schema
     r'\{\s*([0-9]*)\s*,?\s*([0-9]*)\s*\}|"(?:min|max)(?:Items|Length|Properties)":([0-9][0-9.]*(?:e[+-]?[0-9]+)?)',
     re.ASCII,
@@ -164,6 +171,8 @@ def _explain(text: str) -> str:
     if unknown := _UNKNOWN.fullmatch(what):
         field = unknown["field"][:_MAX_NAME_CHARS]
         known = [f.name for f in msgspec.structs.fields(TaskBody if path == "$" else Message)]
+        if path == "$" and field in _ELSEWHERE:
+            return f"$.{field}: unknown field, {_ELSEWHERE[field]}"
         near = difflib.get_close_matches(field, known, n=1)
         return f"{path}.{field}: unknown field" + (f", did you mean {near[0]}?" if near else "")
     if path in _CHOICES:

@@ -3,9 +3,16 @@
 import http.client
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+if sys.version_info < (3, 11):  # noqa: UP036  # said here, before what an older one stumbles over
+    command = f".venv/bin/python {sys.argv[0]}"
+    sys.exit(
+        f"this needs Python 3.11 or newer, not {sys.version.split()[0]}: say scripts/setup, then {command}"
+    )
 
 
 class Answer(NamedTuple):

@@ -185,11 +185,13 @@ def test_the_refusal_says_which_bound_and_how_full() -> None:
     """The message names the bound that was met with its figures [MVP-031]."""
     queue = a_queue(capacity=1, max_bytes=100)
     admitted(queue, size_bytes=90)
-    with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 tasks wait$"):
+    with pytest.raises(QueueFull, match=r"^the queue is full: 1 of 1 tasks wait \(queue\.capacity\); "):
         queue.reserve(1)
     roomy = a_queue(capacity=2, max_bytes=100)
     admitted(roomy, size_bytes=90)
-    with pytest.raises(QueueFull, match=r"^the queue is full: its prompts hold 90 of 100 bytes$"):
+    with pytest.raises(
+        QueueFull, match=r"^the queue is full: its prompts hold 90 of 100 bytes \(queue\.max_bytes\); "
+    ):
         roomy.reserve(11)
 
 

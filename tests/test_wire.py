@@ -212,8 +212,11 @@ def test_null_is_not_the_same_as_absent(field: str) -> None:
         ({"temperatur": 1}, "$.temperatur: unknown field, did you mean temperature?"),
         ({"Seed": 1}, "$.Seed: unknown field, did you mean seed?"),
         ({"max_token": 1}, "$.max_token: unknown field, did you mean max_tokens?"),
-        ({"stream": True}, "$.stream: unknown field"),
-        ({"n_predict": 1}, "$.n_predict: unknown field"),
+        (
+            {"stream": True},
+            "$.stream: unknown field, leave it out: every task has a stream, at the stream_url of its answer",
+        ),
+        ({"n_predict": 1}, "$.n_predict: unknown field, did you mean max_tokens?"),
         ({"id_slot": 0}, "$.id_slot: unknown field"),
         ({"": 1}, "$.: unknown field"),
         ({"a`b": 1}, "$.a`b: unknown field"),

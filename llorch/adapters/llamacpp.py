@@ -46,6 +46,8 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 _TOKEN_ID_BYTES = 16  # a token's number in the answer of /tokenize, generously
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
+_OTHER_PROGRAM = "is it llama-server that listens at adapter.endpoint?"
+_API_KEY = "llama-server was started with an API key: give the same to adapter.api_key_file"
 
 _FINAL_FIELDS = [
     "stop",
@@ -277,7 +279,9 @@ class LlamaCpp:
             try:
                 return msgspec.json.decode(answer, type=kind)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise EngineBroken(f"{path} answered with something else: {error}") from error
+                raise EngineBroken(
+                    f"{path} answered with something else ({_OTHER_PROGRAM}): {error}"
+                ) from error
 
 
 def _completion_body(generation: Generation) -> bytes:
@@ -390,10 +394,20 @@ async def _check_status(response: aiohttp.ClientResponse) -> None:
         refused = EngineContextOverflow if kind == "exceed_context_size_error" else EngineInvalidRequest
         raise refused(summary, detail=detail, sent=False)
     if status in (401, 403, 404, 501):
-        raise EngineMisconfigured(summary, detail=detail, sent=False)
+        cure = _cure(status, response.url.path)
+        raise EngineMisconfigured(f"{summary} ({cure})" if cure else summary, detail=detail, sent=False)
     if status == 503:
         raise EngineLoading(summary, detail=detail, sent=False)
     raise EngineBroken(summary, detail=detail)
+
+
+def _cure(status: int, path: str) -> str:
+    """How to mend an engine that no task can use; empty where its own words have to do."""
+    if status in (401, 403):
+        return _API_KEY
+    if path == "/slots":
+        return "start llama-server with --slots"
+    return _OTHER_PROGRAM if status == 404 else ""
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool = False) -> bytes:
@@ -423,11 +437,13 @@ def _mapped(endpoint: URL) -> Iterator[_Progress]:
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         if isinstance(getattr(error, "os_error", None), ConnectionRefusedError):
             raise EngineGone(
-                f"nothing listens on {endpoint}: is llama-server running?", sent=False
+                f"nothing listens on {endpoint} (adapter.endpoint): is llama-server running?", sent=False
             ) from error
-        raise EngineRefused(f"can't connect to {endpoint}", detail=_say(error), sent=False) from error
+        raise EngineRefused(
+            f"can't connect to {endpoint} (adapter.endpoint)", detail=_say(error), sent=False
+        ) from error
     except TimeoutError as error:
-        raise EngineStalled("the engine did not answer in time") from error
+        raise EngineStalled(f"the engine at {endpoint} did not answer in time: is it stuck?") from error
     except aiohttp.ClientResponseError as error:
         raise EngineBroken("the engine's answer is not HTTP", detail=_say(error)) from error
     except (aiohttp.ClientError, OSError) as error:
@@ -443,7 +459,8 @@ def _raise_broken_off(error: Exception, *, answered: bool) -> NoReturn:
 
 
 def _say(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    reason = getattr(getattr(error, "os_error", None), "strerror", None)  # without aiohttp's words around it
+    return " ".join(str(reason or error).split())[:300] or type(error).__name__
 
 
 def _is_loopback(host: str) -> bool:
