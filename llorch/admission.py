@@ -6,6 +6,7 @@ Coroutines that wait for a change hold `changed`; plain code reaches them throug
 """
 
 import asyncio
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -52,6 +53,9 @@ class AdmissionQueue:
         self.version = 0  # another after each change
         self._refuse = refuse
         self._waiting: OrderedDict[str, Task] = OrderedDict()
+        self._admitted = 0
+        self._numbers: dict[str, int] = {}  # of waiting tasks, in order of admission
+        self._gaps: list[int] = []  # sorted numbers of those that left from behind the head
         self._waker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -94,6 +98,8 @@ class AdmissionQueue:
         task.size_bytes = reservation.size_bytes
         reservation.release()
         self._waiting[task.id] = task
+        self._numbers[task.id] = self._admitted
+        self._admitted += 1
         self.waiting_bytes += task.size_bytes
         self.waiting_strict += task.strict
         self.wake()
@@ -103,16 +109,27 @@ class AdmissionQueue:
         """Take `task` out, wherever it stands; False if it does not wait here."""
         if self._waiting.pop(task.id, None) is None:
             return False
+        self._close_ranks(self._numbers.pop(task.id))
         self.waiting_bytes -= task.size_bytes
         self.waiting_strict -= task.strict
         self.wake()
         return True
 
     def position(self, task: Task) -> int | None:
-        """How many tasks wait before `task` now; None if it does not wait here. O(position)."""
-        if task.id not in self._waiting:
+        """How many tasks wait before `task` now, None if it does not wait here; as quick in a long queue."""
+        number, head = self._numbers.get(task.id), self.head
+        if number is None or head is None:
             return None
-        return next(i for i, task_id in enumerate(self._waiting) if task_id == task.id)
+        return number - self._numbers[head.id] - bisect_left(self._gaps, number)
+
+    def _close_ranks(self, left: int) -> None:
+        """Remember that number `left` has gone, as long as it would be counted before somebody."""
+        head = self.head
+        first = self._admitted if head is None else self._numbers[head.id]
+        if left > first:
+            insort(self._gaps, left)
+        else:
+            del self._gaps[: bisect_left(self._gaps, first)]
 
     def wake(self) -> None:
         """Let every coroutine that waits on `changed` look again, soon; plain code may call this."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from typing import NoReturn
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -85,21 +85,41 @@ def test_removing_twice_says_so() -> None:
 
 
 class Unwalkable(OrderedDict[str, Task]):
-    """A dictionary that is never walked over."""
+    """A dictionary that nobody walks over, past its first entry."""
 
-    def __iter__(self) -> NoReturn:
-        raise AssertionError("somebody walks over the queue")
+    def values(self) -> Any:
+        for count, task in enumerate(super().values()):
+            assert not count, "somebody walks over the queue"
+            yield task
 
-    values = items = keys = __reversed__ = __iter__  # type: ignore[assignment]
+    items = keys = __reversed__ = __iter__ = values
 
 
-def test_removal_does_not_look_at_the_others() -> None:
-    """A task leaves in O(1), from wherever it stands."""
+def test_removal_and_position_do_not_look_at_the_others() -> None:
+    """A task leaves, and is told its place, as quickly in a long queue as in a short one."""
     queue = a_queue(capacity=1000, max_bytes=1000)
     tasks = [admitted(queue) for _ in range(1000)]
     queue._waiting = Unwalkable(queue._waiting)
-    for task in reversed(tasks):
+    for ahead, task in reversed(list(enumerate(tasks))):
+        assert queue.position(task) == ahead
         assert queue.remove(task)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=60))
+def test_the_position_is_the_count_of_those_ahead(steps: list[int | None]) -> None:
+    """Whoever left, from wherever: None admits one, a number takes out the one that stands there."""
+    queue = a_queue(capacity=100, max_bytes=100)
+    for step in steps:
+        waiting = list(queue)
+        if step is None:
+            admitted(queue)
+        elif step < len(waiting):
+            queue.remove(waiting[step])
+        assert [queue.position(task) for task in queue] == list(range(len(queue)))
+        assert len(queue._gaps) <= len(steps)
+    for task in list(queue):
+        queue.remove(task)
+    assert queue._gaps == []
 
 
 # -- bounds ----------------------------------------------------------------------------------------
