@@ -11,7 +11,7 @@ ROOT = Path(llorch.__file__).parent
 ROOMS = """
     __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
     health capabilities replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp
-    gpu telemetry logs sdnotify security wire examples glossary operations openapi streams status page api
+    gpu telemetry logs sdnotify security wire status examples glossary operations openapi streams page api
     journal server exits terminal answers client tables arguments prompts following top commands doctor
     completion cli __main__
 """  # from the core outwards
