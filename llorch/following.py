@@ -259,7 +259,7 @@ async def admitted(
                 told = True
             reason = str(error)
         signals.parting = "left"
-        progress.note(f"{reason}; next try in {duration(1000 * wait_s)}")
+        progress.note(f"next try in {duration(1000 * wait_s)}: {reason}")
         if await signals.within(wait_s):
             raise Interrupted
 
@@ -368,7 +368,7 @@ class Watch:
             self._progress.note(f"{event.i + 1:,} tokens so far")
 
     def _broken(self, event: Broken) -> None:
-        self._progress.note(f"{event.reason}; next try in {duration(1000 * event.retry_in_s)}")
+        self._progress.note(f"next try in {duration(1000 * event.retry_in_s)}: {event.reason}")
         if event.retry_in_s > TOLD_S and not self._told:
             self._told = True
             self._console.complain(f"{event.reason}; trying for {self._options.reconnect_s:g} s to go on")
