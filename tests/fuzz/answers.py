@@ -30,11 +30,18 @@ HEADERS = {
     *("x-content-type-options", "x-correlation-id", "retry-after", "x-backoff-ms", "www-authenticate"),
     *("transfer-encoding", "x-accel-buffering"),
 }
+PAGE_HEADERS = {
+    *("content-security-policy", "referrer-policy", "x-frame-options"),
+    *("cross-origin-opener-policy", "cross-origin-resource-policy"),
+}
 MAX_ERROR_BYTES = 2048
 VERSIONS = (b"HTTP/1.1 ", b"HTTP/1.0 ", b"HTTP/0.9 ", b"HTTP/2.0 ")  # aiohttp says what the request said
 
 _HEAD = re.compile(rb"HTTP/(?:1\.1|1\.0|0\.9|2\.0) (\d{3}) [ -~]*\r\n((?:[!-9;-~]+: [ -~]*\r\n)*)\r\n")
-FRAME = re.compile(rb"id: (\d+)\nevent: (started|token|end|error)\ndata: (\{[^\n]*\})\n\n|:[^\n]*\n\n")
+FRAME = re.compile(
+    rb"id: (\d+)\nevent: (started|token|end|error)\ndata: (\{[^\n]*\})\n\n"
+    rb"|event: metrics\ndata: \{[^\n]*\}\n\n|:[^\n]*\n\n"
+)
 
 
 class Fault(Exception):
@@ -120,7 +127,10 @@ def _chunked(received: bytes, at: int) -> tuple[bytes, int, bool]:
 def check(answer: Answer) -> str:
     """Status and code of a whole answer; raises Fault if anything is wrong with it."""
     status, headers, body = answer.status, answer.headers, answer.body
-    if strange := headers.keys() - HEADERS:
+    page = headers.get("content-type") == "text/html; charset=utf-8"
+    if page and (status != 200 or PAGE_HEADERS - headers.keys()):
+        raise Fault(f"a page with status {status} and {sorted(headers)}")
+    if strange := headers.keys() - HEADERS - (PAGE_HEADERS if page else set()):
         raise Fault(f"headers that llorch never sends: {strange}")
     if "x-correlation-id" not in headers:
         if (status, body) != (400, NOT_HTTP):
@@ -137,6 +147,8 @@ def check(answer: Answer) -> str:
 def _check_good(answer: Answer) -> None:
     if answer.headers.get("content-type") == "text/event-stream":
         check_stream(answer.body)
+    elif answer.body.startswith(b"<!doctype html>") and "content-security-policy" in answer.headers:
+        pass  # the page, which is the same for everybody
     elif answer.body:
         said = _json(answer)
         if (

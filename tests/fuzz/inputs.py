@@ -100,7 +100,12 @@ ROUTES = [
     *[(b"GET", b"/v1/tasks/" + TASK_ID + b"/stream")] * 2,
     (b"GET", b"/v1/tasks/" + TASK_ID + b"/stream?last_event_id=1"),
     *[(b"POST", b"/v1/tasks/" + TASK_ID + b"/cancel")] * 2,
+    (b"GET", b"/v1/tasks/" + TASK_ID + b"/stream?metrics=1"),
     (b"GET", b"/v1/pools/default/health"),
+    (b"GET", b"/v1/status"),
+    (b"GET", b"/v1/capabilities"),
+    (b"GET", b"/openapi.json"),
+    (b"GET", b"/"),
     (b"OPTIONS", b"/v1/tasks"),
 ]
 GOOD_FIELDS = [
