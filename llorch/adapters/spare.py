@@ -23,8 +23,9 @@ class HeldBody(aiohttp.Payload):
         self._held: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     def send(self, body: bytes) -> None:
-        """Let the request go with this body. Plain; once."""
-        self._held.set_result(body)
+        """Let the request go with this body, unless its connection has just broken. Plain; once."""
+        if not self._held.done():
+            self._held.set_result(body)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Wait for the body, and write it with its end."""
