@@ -5,7 +5,7 @@
     scripts/bench --only paced,gap        # some of it
 
 All of it runs on 127.0.0.1 against an engine that costs little, and stops by itself. Within a round every
-peer does the same work, one after another, in reversed order every other round. The figures are medians of the
+peer does the same work, one after another, in reversed order every other round. Figures are medians of the
 rounds; in brackets stands how many times the anchors' they are, and only that means anything elsewhere.
 """
 

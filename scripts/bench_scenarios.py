@@ -101,7 +101,9 @@ def flood(stage: Stage, peer: Peer, size: Size) -> Numbers:
         requests = max(size.count(400), count)
         cpu = target.process.cpu_us()
         seen = expect(run_load(target, conns=count, requests=requests, tokens=200), ok=requests)
-        found[f"{count} streams"] = (target.process.cpu_us() - cpu) / max(seen["tokens"], 1)
+        found[f"{count} stream{'s' if count > 1 else ''}"] = (target.process.cpu_us() - cpu) / max(
+            seen["tokens"], 1
+        )
     return found
 
 
@@ -113,7 +115,9 @@ def fanout(stage: Stage, peer: Peer, size: Size) -> Numbers:
         path = post(target, "/v1/tasks", prompt="x", max_tokens=ENDLESS)["stream_url"]
         with Loading(target, mode="sub", path=path, conns=count, requests=count) as loading:
             time.sleep(0.5 + count / 500)
-            found[f"{count} readers"] = window(stage, target, max(3 * size.share, 1.0)) / count
+            found[f"{count:,} reader{'s' if count > 1 else ''}"] = (
+                window(stage, target, max(3 * size.share, 1.0)) / count
+            )
             stage.ask("finish")
             expect(loading.result(), ok=count)
     return found
@@ -142,7 +146,7 @@ def gap(stage: Stage, peer: Peer, size: Size) -> Numbers:
 
 def cancel(stage: Stage, peer: Peer, size: Size) -> Numbers:
     """From the cancel (llorch: the POST; others: hanging up) to the engine that sees its client gone."""
-    target, found = stage.target(peer, "few"), {}
+    target, found = stage.target(peer, "few"), Numbers()
     for phase, first_s in (("decode", 0.0), ("prefill", NEVER_S)):
         stage.set(rate=200.0, first_s=first_s)
         times = []

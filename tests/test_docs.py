@@ -137,7 +137,7 @@ def test_every_code_has_one_status(kind: type[errors.LlorchError]) -> None:
 def test_every_path_in_readme_exists() -> None:
     """Links, and what is said of scripts, documents, modules and tests."""
     links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
-    named = re.findall(r"(?<![\w/])(?:scripts|docs|llorch|tests)/[\w./-]+\w", README)
+    named = re.findall(r"(?<![\w/])(?:scripts|docs|llorch|tests)/[\w./@-]+\w", README)
     assert links
     assert named
     assert [path for path in links + named if not (ROOT / path).exists()] == []
