@@ -165,7 +165,11 @@ class Stage:
         port = free_port(0)
         command = [sys.executable, str(SCRIPTS / "bench_engine.py"), str(port)]
         self._engine = Running(command, port, folder / "engine.log")
-        self._engine.wait(Ready(task=False))
+        try:
+            self._engine.wait(Ready(task=False))
+        except BaseException:  # a SIGTERM too: nobody else knows of it yet
+            self._engine.stop()
+            raise
 
     def close(self) -> None:
         """Stop everything."""
