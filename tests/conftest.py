@@ -1,6 +1,7 @@
 """Fixtures that more than one module needs: the fake engine, and the real one."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,14 @@ from tests.fakes import FakeLlamaServer
 ROOT = Path(__file__).parent.parent
 REAL_SLOTS = 4
 REAL_CTX = 2048
+
+
+def pytest_configure() -> None:
+    """A runner in the background ignores Ctrl-C, and every program that a test starts would inherit that."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -80,6 +80,16 @@ class Command:
                 self._read(self._pipes[stream], name)
         return self
 
+    async def stopped(self) -> None:
+        """Return once the process has been stopped by a signal; nothing tells, so its state is looked at."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self._state() != "T":  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    def _state(self) -> str:
+        """The process's state, as ps shows it."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
     async def __aexit__(self, *failure: object) -> None:
         if self.process.returncode is None:
             self.process.kill()

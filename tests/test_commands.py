@@ -408,6 +408,7 @@ async def test_ctrl_z_gives_the_shell_its_screen_back() -> None:
         await command.sees("llorch 9 at")
         command.process.send_signal(signal.SIGTSTP)
         await command.sees("\x1b[?25h\x1b[?1049l")
+        await command.stopped()  # a SIGCONT before that would be lost
         command.screen = b""
         command.process.send_signal(signal.SIGCONT)
         await command.sees("\x1b[?1049h\x1b[?25l\x1b[Hllorch 9 at")
