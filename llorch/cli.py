@@ -14,8 +14,9 @@ import msgspec
 import tomli_w
 
 from llorch import __version__, arguments
-from llorch.config import SECRET_KEYS, Config, ConfigError, env_name, load, parse_address, unknown_variables
+from llorch.config import env_name, load, unknown_variables
 from llorch.exits import Exit
+from llorch.schema import Config, ConfigError, hide_secrets, parse_address, pools_in_force
 
 if TYPE_CHECKING:
     from llorch import doctor
@@ -136,10 +137,7 @@ def _check_config(options: argparse.Namespace) -> int:
 
 
 def _shown(config: Config) -> dict[str, Any]:
-    values: dict[str, Any] = msgspec.to_builtins(config)
-    for key in SECRET_KEYS:
-        table, _, name = key.partition(".")
-        values[table][name] = "(hidden)" if values[table][name] else ""
+    values: dict[str, Any] = hide_secrets(msgspec.to_builtins(config))
     return values
 
 
@@ -197,7 +195,8 @@ def _examined(options: argparse.Namespace) -> "doctor.Setup":
         config = load(path, os.environ)
     except ConfigError as error:
         return doctor.Setup(config_file=path, faults=error.faults, slips=slips)
-    address, adapter = parse_address(config.bind_addr), config.adapter
+    address, pool = parse_address(config.bind_addr), next(iter(pools_in_force(config).values()))
+    adapter = pool.replicas[0]
     return doctor.Setup(
         config_file=path,
         slips=slips,

@@ -1,168 +1,28 @@
 """The configuration: one strict TOML file, the environment, the command line; all faults at once.
 
-The one rule: a key's type is its rule and its default stands beside it. What leaves `load` is checked; the
-code behind it does not check again.
+The one rule: what leaves `load` is checked; the code behind it does not check again. The keys, their types
+and defaults stand in `schema`, what no type can say in `rules`.
 """
 
 import difflib
-import ipaddress
 import os
 import stat
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Meta
-from yarl import URL
+
+from llorch import rules
+from llorch.schema import Config, ConfigError, PoolTable, ReplicaTable, Section
 
 ENV_PREFIX = "LLORCH_"
 NOT_KEYS = {"LLORCH_CONFIG", "LLORCH_URL"}
-MIN_TOKEN_CHARS = 16
 
-Seconds = Annotated[float, Meta(gt=0, le=365 * 24 * 3600)]
-Count = Annotated[int, Meta(ge=1, le=2**31)]
-Bytes = Annotated[int, Meta(ge=1, le=2**50)]
-Tokens = Annotated[int, Meta(ge=1, le=2**31)]
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file."""
-
-
-class Auth(Section, frozen=True):
-    """Who may ask; at most one of `token` and `token_file`."""
-
-    token: str = ""
-    token_file: str = ""
-    optional: bool = False
-    trust_proxy_auth: bool = False
-
-
-class Adapter(Section, frozen=True):
-    """The engine of the pool named "default"; at most one of `api_key` and `api_key_file`."""
-
-    engine: Literal["llamacpp"] = "llamacpp"
-    endpoint: str = "http://127.0.0.1:8081"
-    api_key: str = ""
-    api_key_file: str = ""
-    slots: Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"] = 1
-    retries: Annotated[int, Meta(ge=0, le=100)] = 2
-    drain_s: Seconds = 60.0
-    self_test: bool = True
-
-
-class Queue(Section, frozen=True):
-    """How much may wait, and for how long."""
-
-    capacity: Count = 64
-    max_bytes: Bytes = 64 * 1024 * 1024
-    max_wait_s: Seconds = 3600.0
-    default_retry_after_ms: Annotated[int, Meta(ge=250, le=300_000)] = 2000
-
-
-class Limits(Section, frozen=True):
-    """Tokens per task; `ctx` 0 is the engine's own."""
-
-    ctx: Annotated[int, Meta(ge=0, le=2**31)] = 0
-    max_tokens_default: Tokens = 512
-    max_tokens: Tokens = 4096
-
-
-class Timeouts(Section, frozen=True):
-    """How long the engine may take."""
-
-    connect_s: Seconds = 5.0
-    control_s: Seconds = 5.0
-    first_token_s: Seconds = 300.0
-    idle_s: Seconds = 60.0
-    wall_s: Seconds = 3600.0
-
-
-class Http(Section, frozen=True):
-    """What a client may send and from where."""
-
-    max_body_bytes: Bytes = 4 * 1024 * 1024
-    body_timeout_s: Seconds = 10.0
-    idle_timeout_s: Seconds = 10.0
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-
-
-class Stream(Section, frozen=True):
-    """Readers and retention."""
-
-    heartbeat_s: Seconds = 10.0
-    max_readers: Count = 4096
-    retain_s: Seconds = 300.0
-    retain_bytes: Bytes = 256 * 1024 * 1024
-    on_disconnect: Literal["continue", "cancel"] = "continue"
-    disconnect_grace_s: Seconds = 10.0
-
-
-class Gpu(Section, frozen=True):
-    """`required = false` is the carve-out for CI and the demo."""
-
-    required: bool = True
-
-
-class Log(Section, frozen=True):
-    """Format and level of the log on stdout."""
-
-    format: Literal["json", "text"] = "json"
-    level: Literal["debug", "info", "warning", "error"] = "info"
-
-
-class Shutdown(Section, frozen=True):
-    """How long running tasks may go on after SIGTERM."""
-
-    grace_s: Seconds = 30.0
-
-
-class Config(Section, frozen=True):
-    """The whole configuration; `Config()` is the built-in defaults."""
-
-    bind_addr: str = "127.0.0.1:8080"
-    profile: Literal["mvp", "home"] = "mvp"
-    auth: Auth = Auth()
-    adapter: Adapter = Adapter()
-    queue: Queue = Queue()
-    limits: Limits = Limits()
-    timeouts: Timeouts = Timeouts()
-    http: Http = Http()
-    stream: Stream = Stream()
-    gpu: Gpu = Gpu()
-    log: Log = Log()
-    shutdown: Shutdown = Shutdown()
-
-
-class Address(NamedTuple):
-    """Where to listen."""
-
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class ConfigError(Exception):
-    """Every fault found, each a line that says where and how to mend it."""
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
-
-
-SECRET_KEYS = frozenset({"auth.token", "adapter.api_key"})
 _FILE_PAIRS = (("auth", "token", "token_file"), ("adapter", "api_key", "api_key_file"))
+_HIDDEN_TABLES = frozenset({"auth", "adapter", "pools", "replicas", "token", "api_key"})
 
 S = TypeVar("S", bound=Section)
 
@@ -182,7 +42,7 @@ def load(
         config = _override(config, source, key, raw, faults)
     if not faults:
         config = _with_secrets_read(config, env or {}, faults)
-        _check(config, faults)
+        rules.check(config, faults)
     if faults:
         raise ConfigError(faults)
     return config
@@ -191,25 +51,6 @@ def load(
 def defaults() -> dict[str, Any]:
     """Every key with its built-in default, as nested tables."""
     return typing.cast(dict[str, Any], msgspec.to_builtins(Config()))
-
-
-def parse_address(text: str) -> Address:
-    """`IP:port`, `[v6]:port` or `localhost:port`; raises ValueError that says what is wrong."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
-        raise ValueError("expected IP:port, [v6]:port or localhost:port")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-        if ":" not in host:
-            raise ValueError("brackets are for IPv6 addresses")
-    elif ":" in host:
-        raise ValueError("an IPv6 address needs brackets: [::1]:8080")
-    if host != "localhost":
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            raise ValueError(f"{host!r} is neither an IP address nor localhost") from None
-    return Address(host, int(port))
 
 
 # -- the file -----------------------------------------------------------------------------------
@@ -242,6 +83,8 @@ def _section(kind: type[S], table: dict[str, Any], source: str, at: str, faults:
                 values[key] = _section(hint, value, source, f"{name}.", faults)
             else:
                 faults.append(f"{source}{name}: expected a table [{name}], got {_show(name, value)}")
+        elif (inner := _section_within(hint)) is not None:
+            values[key] = _sections(hint, inner, value, source, name, faults)
         else:
             try:
                 values[key] = msgspec.convert(value, hint)
@@ -250,19 +93,51 @@ def _section(kind: type[S], table: dict[str, Any], source: str, at: str, faults:
     return kind(**values)
 
 
+def _section_within(hint: Any) -> type[Section] | None:
+    """The kind of table that `hint` has many of, if it has."""
+    kinds = [arg for arg in typing.get_args(hint) if isinstance(arg, type) and issubclass(arg, Section)]
+    return kinds[0] if kinds else None
+
+
+def _sections(
+    hint: Any, kind: type[S], value: Any, source: str, name: str, faults: list[str]
+) -> dict[str, S] | tuple[S, ...]:
+    """Tables under names of the user's own, or one after the other, as `hint` has them."""
+    named = typing.get_origin(hint) is dict
+    parts: Iterable[tuple[Any, Any]] = ()
+    if named and isinstance(value, dict):
+        parts = value.items()
+    elif not named and isinstance(value, list):
+        parts = enumerate(value)
+    else:
+        faults.append(f"{source}{name}: expected tables {f'[{name}.NAME]' if named else f'[[{name}]]'}")
+    found: dict[Any, S] = {}
+    for key, table in parts:
+        at = f"{name}.{key}" if named else f"{name}[{key}]"
+        if isinstance(table, dict):
+            found[key] = _section(kind, table, source, f"{at}.", faults)
+        else:
+            faults.append(f"{source}{at}: expected a table {f'[{at}]' if named else f'[[{name}]]'}")
+    return found if named else tuple(found.values())
+
+
 def _keys(kind: type[Section] = Config, at: str = "") -> dict[str, Any]:
     """Every dotted key with its type."""
     found: dict[str, Any] = {}
     for key, hint in typing.get_type_hints(kind, include_extras=True).items():
         if isinstance(hint, type) and issubclass(hint, Section):
             found |= _keys(hint, f"{at}{key}.")
-        else:
+        elif _section_within(hint) is None:  # else it is told by tables, under names of the user's own
             found[f"{at}{key}"] = hint
     return found
 
 
 def _did_you_mean(name: str) -> str:
+    table = name.rpartition(".")[0]
     known = list(_keys()) + [f.name for f in msgspec.structs.fields(Config)]
+    if table.startswith("pools."):
+        kind = ReplicaTable if "[" in table else PoolTable
+        known = [f"{table}.{f.name}" for f in msgspec.structs.fields(kind)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # the right key in the wrong table
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
@@ -286,7 +161,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _show(name: str, value: Any) -> str:
-    if any(f"{key}.".startswith(f"{name}.") for key in SECRET_KEYS):  # or a table that has one
+    if name.rpartition(".")[2] in _HIDDEN_TABLES or (name.startswith("pools.") and name.count(".") == 1):
         return "(hidden)"
     try:
         return repr(value)[:60]
@@ -354,25 +229,37 @@ def _override(config: Config, source: str, key: str, raw: Any, faults: list[str]
     return msgspec.structs.replace(config, **{table: section})
 
 
-# -- what no type can say -------------------------------------------------------------------------
+# -- secrets in files of their own ---------------------------------------------------------------
 
 
 def _with_secrets_read(config: Config, env: Mapping[str, str], faults: list[str]) -> Config:
-    credentials = env.get(
-        "CREDENTIALS_DIRECTORY"
-    )  # systemd's, closed to others; its ACL reads as a group's mode
-    for table, inline, file in _FILE_PAIRS:
-        section = getattr(config, table)
-        path = getattr(section, file)
-        if path and getattr(section, inline):
-            faults.append(f"{table}.{file}: give it or {table}.{inline}, not both")
-            continue
-        forbidden = 0o007 if credentials and Path(path).parent == Path(credentials) else 0o077
-        if path and (secret := _read_secret(f"{table}.{file}", Path(path), forbidden, faults)) is not None:
-            config = msgspec.structs.replace(
-                config, **{table: msgspec.structs.replace(section, **{inline: secret})}
-            )
-    return config
+    config = msgspec.structs.replace(
+        config,
+        auth=_told_by_file(config.auth, "auth", "token", env, faults),
+        adapter=_told_by_file(config.adapter, "adapter", "api_key", env, faults),
+    )
+    pools = {}
+    for name, pool in config.pools.items():
+        replicas = (
+            _told_by_file(replica, f"pools.{name}.replicas[{number}]", "api_key", env, faults)
+            for number, replica in enumerate(pool.replicas)
+        )
+        pools[name] = msgspec.structs.replace(pool, replicas=tuple(replicas))
+    return msgspec.structs.replace(config, pools=pools)
+
+
+def _told_by_file(section: S, at: str, key: str, env: Mapping[str, str], faults: list[str]) -> S:
+    """The table with its secret `key`, from the file that `key`_file names if it does."""
+    path = getattr(section, f"{key}_file")
+    if not path:
+        return section
+    if getattr(section, key):
+        faults.append(f"{at}.{key}_file: give it or {at}.{key}, not both")
+        return section
+    credentials = env.get("CREDENTIALS_DIRECTORY")  # systemd's; its ACL reads as a group's mode
+    forbidden = 0o007 if credentials and Path(path).parent == Path(credentials) else 0o077
+    secret = _read_secret(f"{at}.{key}_file", Path(path), forbidden, faults)
+    return section if secret is None else msgspec.structs.replace(section, **{key: secret})
 
 
 def _read_secret(key: str, path: Path, forbidden_mode: int, faults: list[str]) -> str | None:
@@ -394,91 +281,3 @@ def _read_secret(key: str, path: Path, forbidden_mode: int, faults: list[str]) -
         else:
             return secret
     return None
-
-
-def _check(config: Config, faults: list[str]) -> None:
-    address: Address | None = None
-    try:
-        address = parse_address(config.bind_addr)
-    except ValueError as error:
-        faults.append(f"bind_addr: {error}, got {config.bind_addr!r}")
-    _check_auth(config, address, faults)
-    _check_endpoint(config.adapter.endpoint, address, faults)
-    if not _printable(config.adapter.api_key):
-        faults.append("adapter.api_key: only visible ASCII characters, without spaces")
-    if config.limits.max_tokens_default > config.limits.max_tokens:
-        default, most = config.limits.max_tokens_default, config.limits.max_tokens
-        faults.append(f"limits.max_tokens_default: {default} is over limits.max_tokens ({most})")
-    faults.extend(
-        f"http.allowed_hosts: expected a bare host name, got {host!r}"
-        for host in config.http.allowed_hosts
-        if not _is_host_name(host)
-    )
-    faults.extend(
-        f"http.cors_origins: expected scheme://host[:port] and nothing more, got {origin!r}"
-        for origin in config.http.cors_origins
-        if not _is_origin(origin)
-    )
-
-
-def _check_auth(config: Config, address: Address | None, faults: list[str]) -> None:
-    auth = config.auth
-    cure = "set auth.token_file or LLORCH_AUTH_TOKEN (llorch init writes a config with a fresh token)"
-    if auth.token and len(auth.token) < MIN_TOKEN_CHARS:
-        faults.append(f"auth.token: under {MIN_TOKEN_CHARS} characters: {cure}")
-    elif not _printable(auth.token):
-        faults.append("auth.token: only visible ASCII characters, without spaces")
-    if not auth.token and address is not None and not address.is_loopback:
-        faults.append(
-            f"bind_addr: NON_LOOPBACK_WITHOUT_TOKEN: {address} can be reached from other machines: {cure}, "
-            "or bind 127.0.0.1"
-        )
-    if config.profile == "home":
-        if not auth.token:
-            faults.append(f'auth.token: HOME_WITHOUT_TOKEN: profile = "home" always needs a token: {cure}')
-        if auth.optional:
-            faults.append('auth.optional: must be false with profile = "home"')
-
-
-def _check_endpoint(endpoint: str, address: Address | None, faults: list[str]) -> None:
-    try:
-        url = URL(endpoint)
-        good = url.scheme in ("http", "https") and url.host and url.path in ("", "/") and url.port != 0
-        good = good and not (url.query_string or url.fragment or url.user or url.password)
-    except ValueError:
-        good = False
-    if not good:
-        shown = "(hidden)" if "@" in endpoint else repr(endpoint)  # it may have a password
-        faults.append(f"adapter.endpoint: expected http://host:port and nothing more, got {shown}")
-    elif address is not None and url.port == address.port and _is_at(url.host or "", address):
-        faults.append(
-            f"adapter.endpoint: {endpoint} is llorch's own address (bind_addr): start llama-server on "
-            "another port, as with --port 8081, and name that"
-        )
-
-
-def _is_at(host: str, address: Address) -> bool:
-    """Whether a connection to `host` comes to what listens on `address`."""
-    if address.host in ("0.0.0.0", "::"):
-        return host in ("localhost", "127.0.0.1", "::1")
-    return host == address.host or {host, address.host} == {"localhost", "127.0.0.1"}
-
-
-def _is_host_name(text: str) -> bool:
-    return bool(text) and _printable(text) and not set(text) & set("/:@*[]") and not text.endswith(".")
-
-
-def _is_origin(text: str) -> bool:
-    try:
-        url = URL(text)
-    except ValueError:
-        return False
-    return (
-        url.scheme in ("http", "https")
-        and bool(url.host)
-        and f"{url.scheme}://{url.authority}" == text.lower()
-    )
-
-
-def _printable(text: str) -> bool:
-    return all("!" <= character <= "~" for character in text)

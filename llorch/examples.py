@@ -9,7 +9,7 @@ from llorch import errors, wire
 from llorch.capabilities import Capabilities, Features, PoolCapabilities
 from llorch.errors import LlorchError
 from llorch.events import Error
-from llorch.health import PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
+from llorch.health import LaneCounts, PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
 from llorch.status import GpuView, Percentiles, Status, Totals
 
 TASK_ID = "a12aafdd9e8b4c1f8d3e5f60718293a4"
@@ -45,8 +45,16 @@ HEALTH = PoolHealth(
     model_digest="sha256:" + "5f" * 32,
     ctx=8192,
     slots=SlotCounts(total=4, busy=1, draining=0),
-    queue=QueueCounts(depth=0, capacity=64, bytes=0),
-    replicas=[ReplicaHealth(replica_id="default-0", ready=True, slots=4)],
+    queue=QueueCounts(
+        depth=0,
+        capacity=64,
+        bytes=0,
+        interactive=LaneCounts(depth=0, capacity=64),
+        batch=LaneCounts(depth=0, capacity=256),
+    ),
+    replicas=[
+        ReplicaHealth(replica_id="default-0", ready=True, slots=4, busy=1, draining=0, determinism="verified")
+    ],
     determinism="verified",
     sampler_profile_version="1",
     accelerator="NVIDIA GeForce RTX 4090 (24564 MiB); driver 575.64",

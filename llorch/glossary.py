@@ -117,7 +117,7 @@ FIELDS = {
     "Status.first_token_ms": "Start to first token of recent tasks, in milliseconds.",
     "Status.tasks": "Those that run, the next of each queue, the newest others; newest first, at most 50.",
     "TaskBody.pool_id": "The pool that is to do it; left out: the default one.",
-    "TaskBody.priority": "The lane of the queue; there is one so far.",
+    "TaskBody.priority": "The lane of the queue: batch tasks go when no interactive one waits.",
     "Totals.tokens_out": "Tokens generated since start.",
 }
 

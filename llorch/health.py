@@ -13,21 +13,40 @@ class SlotCounts(msgspec.Struct, frozen=True, kw_only=True):
     draining: int
 
 
+class LaneCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Waiting tasks of one priority, and how many may wait."""
+
+    depth: int
+    capacity: int
+
+
 class QueueCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Waiting tasks, how many may wait, and the bytes of their prompts."""
+    """Waiting tasks, how many interactive ones may wait, the bytes of all their prompts, and each lane."""
 
     depth: int
     capacity: int
     bytes: int
+    interactive: LaneCounts
+    batch: LaneCounts
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One engine endpoint."""
+    """One engine endpoint, and the GPUs that it computes on where that is configured."""
 
     replica_id: str
     ready: bool
     slots: int
+    busy: int
+    draining: int
+    determinism: Determinism
+    devices: tuple[int, ...] = ()
     last_error: str | None = None
+
+
+class DrainState(msgspec.Struct, frozen=True):
+    """A pool that takes no new tasks: ms until what it still has is failed, 0 once that is done."""
+
+    deadline_ms: int
 
 
 class PoolHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,3 +67,4 @@ class PoolHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampler_profile_version: str
     last_error: str | None = None
     accelerator: str
+    drain: DrainState | None = None

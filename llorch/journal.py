@@ -6,6 +6,7 @@ The one rule: it only listens. Nothing it does can change or hold up what it wri
 import logging
 
 from llorch.errors import LlorchError
+from llorch.placement import Decision
 from llorch.pool import Pool
 from llorch.replica import Replica
 from llorch.task import State, Task
@@ -39,6 +40,13 @@ def _sentence(task: Task, previous: State | None) -> tuple[int, str, str]:
             return logging.WARNING, "failed", f"task failed: {code}: {task.cause}"
 
 
+def task_placed(pool: Pool, task: Task, decision: Decision) -> None:
+    """Write down which replica a task went to and why, where there was a choice to make."""
+    if len(pool.replicas) > 1:
+        message = f"task placed on {decision.replica_id}: {decision.reason}, of {decision.considered}"
+        log.info(message, extra={"event": "placed", **pool.log_fields(), **task.log_fields()})
+
+
 def task_refused(pool: Pool, refusal: LlorchError, correlation_id: str | None, identity: str | None) -> None:
     """Write down that a task was not admitted; the code alone, for a message may quote a prompt."""
     fields = {
@@ -62,6 +70,6 @@ def readiness_changed(pool: Pool, replica: Replica) -> None:
         message = f"replica {replica.replica_id} is ready: {replica.self_test_fault or what}"
         log.log(level, "%s", message, extra={"event": "ready", "determinism": replica.determinism, **fields})
     else:
-        reason = replica.stuck or replica.last_error or replica.health.value
+        reason = replica.fault or replica.health.value
         message = f"replica {replica.replica_id} is not ready: {reason}"
         log.warning("%s", message, extra={"event": "unready", **fields})

@@ -53,7 +53,6 @@ _TASK_RULES: Schema = {  # what the decoder's types can't say, and the code chec
 }
 _TASK_FIELDS: dict[str, Schema] = {
     "max_tokens": {"maximum": 2**31},
-    "priority": {"enum": ["interactive"]},
     "metadata": {
         "propertyNames": {"maxLength": wire.MAX_METADATA_KEY_BYTES},
         "additionalProperties": {"type": "string", "maxLength": wire.MAX_METADATA_VALUE_BYTES},

@@ -87,7 +87,7 @@ class Orchestrator:
     ) -> Task:
         pool.check_determinism(request)
         pool.check_readiness()
-        reservation = pool.reserve(request.size_bytes)
+        reservation = pool.reserve(request.size_bytes, request.priority)
         try:
             prompt, max_tokens = await pool.fit(request, reservation)
             pool.check_determinism(request)  # the world may have changed while the engine was asked
@@ -145,7 +145,7 @@ class Orchestrator:
         """What clients can count on."""
         return Capabilities(
             pools=[
-                pool_capabilities(pool.health(), pool.replica.props, pool.settings.max_tokens)
+                pool_capabilities(pool.health(), pool.props, pool.settings.max_tokens)
                 for pool in self.pools.values()
             ]
         )
@@ -242,18 +242,19 @@ class Orchestrator:
         """Probe every pool once, for at most `within_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await asyncio.gather(*(pool.replica.probe() for pool in self.pools.values()))
+                await asyncio.gather(*(pool.replicas.first_probe() for pool in self.pools.values()))
 
     async def run(self) -> None:
         """Keep every pool at work until cancelled; raises if one of its coroutines has a bug."""
         try:
             async with asyncio.TaskGroup() as group:
                 for pool in self.pools.values():
-                    group.create_task(pool.replica.watch(), name=f"probe-{pool.pool_id}")
-                    group.create_task(pool.replica.drain(), name=f"drain-{pool.pool_id}")
-                    group.create_task(pool.watch_queue(), name=f"pool-{pool.pool_id}")
+                    group.create_task(pool.run(), name=f"pool-{pool.pool_id}")
         except ExceptionGroup as bugs:
-            raise bugs.exceptions[0] from None  # the log shows where one exception comes from
+            bug: Exception = bugs
+            while isinstance(bug, ExceptionGroup):  # the log shows where one exception comes from
+                bug = bug.exceptions[0]
+            raise bug from None
 
     def stop(self) -> None:
         """Refuse new tasks, fail the waiting ones; running ones go on."""

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
+from llorch.agreement import Made
 from llorch.engine import (
     Engine,
     EngineFailure,
@@ -90,8 +91,16 @@ class Lease:
             self._drained.set_result(None)
 
 
+def _ignore(replica: "Replica") -> None:
+    """Nobody waits for this replica yet."""
+
+
 class Replica:
-    """Slots and readiness of one engine; `on_change` is called whenever the head of a queue may go."""
+    """Slots and readiness of one engine; `on_change` is called whenever the head of a queue may go.
+
+    `devices` are the indices of the GPUs that the engine computes on. `excluded`, if not None, is why the
+    pool keeps it out.
+    """
 
     def __init__(
         self,
@@ -100,7 +109,8 @@ class Replica:
         *,
         slots: int | None,
         drain_s: float,
-        on_change: Callable[["Replica"], None],
+        on_change: Callable[["Replica"], None] = _ignore,
+        devices: tuple[int, ...] = (),
         self_test: SelfTest | None = None,
         chance: random.Random | None = None,
     ) -> None:
@@ -108,7 +118,9 @@ class Replica:
         self.engine = engine
         self.configured_slots = slots
         self.drain_s = drain_s
+        self.devices = devices
         self.on_change = on_change
+        self.excluded: str | None = None
         self.health = Health.UNKNOWN
         self.last_error: str | None = None
         self.live = False
@@ -130,13 +142,30 @@ class Replica:
         self._drain_now = asyncio.Event()
         self._last_progress: float | None = None
         self._digest_task: asyncio.Task[None] | None = None
+        self._retired = False
+        self._vacated = asyncio.Event()
 
     # -- what is ------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
         """Whether new tasks may be admitted for this replica."""
+        return self.able and self.excluded is None
+
+    @property
+    def able(self) -> bool:
+        """Whether it could work, if the pool let it."""
         return self.health is Health.READY and self.stuck is None
+
+    @property
+    def made(self) -> Made:
+        """What its answers are made with."""
+        return Made.of(self.props, self.model_digest)
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it, the worst first; None if nothing is."""
+        return self.stuck or self.last_error or self.excluded or self.self_test_fault
 
     @property
     def dispatchable(self) -> bool:
@@ -162,9 +191,12 @@ class Replica:
     @property
     def free_slots(self) -> int:
         """Slots that a best-effort task could take now."""
-        if not self.dispatchable or any(lease.exclusive for lease in self.leases):
-            return 0
-        return max(self.slots - len(self.leases), 0)
+        return max(self.slots - len(self.leases), 0) if self.open else 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a task may be sent now, and none has the replica for itself."""
+        return self.dispatchable and not any(lease.exclusive for lease in self.leases)
 
     # -- leases -------------------------------------------------------------------------------
 
@@ -191,6 +223,8 @@ class Replica:
     def _release(self, lease: Lease) -> None:
         self.leases.discard(lease)
         self._test_if_due()
+        if self._retired and not self.leases:
+            self._vacated.set()
         self.on_change(self)
 
     # -- readiness ----------------------------------------------------------------------------
@@ -275,6 +309,7 @@ class Replica:
     async def _read_digest(self, model_path: str) -> None:
         with contextlib.suppress(EngineFailure):
             self.model_digest = await self.engine.model_digest(model_path)
+            self.on_change(self)  # it may prove to be another model than the pool's
 
     def _probe_delay_s(self) -> float:
         """When to look again: soon while loading, later and with jitter the longer it fails."""
@@ -286,6 +321,28 @@ class Replica:
             doublings = min(self._failures, BREAKER_FAILURES * 2)  # after 1024 of them Python gives up
             return self._chance.uniform(0.5, 1.0) * min(low * 2.0**doublings, ceiling)
         return self._chance.uniform(low, high) if self.health is Health.LOADING else high
+
+    async def run(self) -> None:
+        """Look after the engine until the replica is retired and empty; raises if a look has a bug."""
+        async with asyncio.TaskGroup() as group:
+            looks = [
+                group.create_task(self.watch(), name=f"probe-{self.replica_id}"),
+                group.create_task(self.drain(), name=f"drain-{self.replica_id}"),
+            ]
+            await self._vacated.wait()
+            for look in looks:
+                look.cancel()
+
+    def exclude(self, reason: str | None) -> None:
+        """Keep it out of its pool for `reason`, or, with None, let it in."""
+        self.excluded = reason
+        self._test_if_due()
+
+    def retire(self) -> None:
+        """Take no new task; what runs goes on, and `run` returns after it."""
+        self._retired = True
+        if not self.leases:
+            self._vacated.set()
 
     async def watch(self) -> None:
         """Probe for ever: on an interval, and at once after a failure. Runs until cancelled."""
@@ -315,13 +372,14 @@ class Replica:
 
     def _test_if_due(self) -> None:
         """Take the idle replica for its self-test before anybody else does."""
-        if self._self_test is None or not self._untested or not self.dispatchable or self.leases:
+        self_test = None if self._retired else self._self_test
+        if self_test is None or not self._untested or not self.dispatchable or self.leases:
             return
         self._untested = False
         lease = Lease(self, exclusive=True)
         lease.sent = True
         self.leases.add(lease)
-        examination = asyncio.create_task(self._examine(self._self_test, lease), name="self-test")
+        examination = asyncio.create_task(self._examine(self_test, lease), name="self-test")
         examination.add_done_callback(functools.partial(self._examined, lease))
         self._examination = examination
 

@@ -18,14 +18,19 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from llorch import __version__, gpu, journal, logs, sdnotify, selftest
 from llorch.adapters.llamacpp import LlamaCpp
+from llorch.admission import QueueLimits
 from llorch.api import ApiSettings, make_app
-from llorch.config import SECRET_KEYS, Address, Config, parse_address, unknown_variables
+from llorch.config import unknown_variables
 from llorch.orchestrator import Orchestrator, StreamSettings
-from llorch.pool import Pool, PoolSettings
+from llorch.plan import PoolPlan, PoolSettings, ReplicaPlan
+from llorch.pool import Pool
+from llorch.replica import Replica
+from llorch.schema import Address, Config, PoolTable, parse_address, pools_in_force, secrets_of
 from llorch.security import Gate
 from llorch.status import StatusBoard
 from llorch.streams import STALLED_WRITE_S
@@ -96,11 +101,16 @@ class Protocol(web.RequestHandler):
 
 def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestrator]:
     """The application and its orchestrator; needs a running loop."""
+    sampler = GpuSampler(required=config.gpu.required)
     orchestrator = Orchestrator(
-        [_pool(config, accelerator)], _stream(config), tickets=bool(config.auth.token)
+        [_pool(plan, config, sampler) for plan in plans(config, accelerator)],
+        _stream(config),
+        tickets=bool(config.auth.token),
     )
     orchestrator.listeners.append(journal.task_moved)
     orchestrator.refusal_listeners.append(journal.task_refused)
+    for pool in orchestrator.pools.values():
+        pool.placement_listeners.append(journal.task_placed)
     gate = Gate(
         token=config.auth.token,
         optional_on_loopback=config.auth.optional,
@@ -116,7 +126,6 @@ def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestr
         body_timeout_s=config.http.body_timeout_s,
         heartbeat_s=config.stream.heartbeat_s,
     )
-    sampler = GpuSampler(required=config.gpu.required)
     status = StatusBoard(orchestrator, lambda: sampler.reading, home=home)
     app = make_app(orchestrator, gate, settings, status)
     app.cleanup_ctx.append(functools.partial(_sampling, sampler))
@@ -130,36 +139,76 @@ async def _sampling(sampler: GpuSampler, app: web.Application) -> AsyncIterator[
     sampler.stop()
 
 
-def _pool(config: Config, accelerator: str) -> Pool:
-    adapter, queue, limits, timeouts = config.adapter, config.queue, config.limits, config.timeouts
-    engine = LlamaCpp(
-        adapter.endpoint,
-        api_key=adapter.api_key,
-        connect_s=timeouts.connect_s,
-        control_s=timeouts.control_s,
-    )
+def plans(config: Config, accelerator: str) -> list[PoolPlan]:
+    """What the configuration wants every pool to be, the default one first."""
+    return [_plan(name, pool, config, accelerator) for name, pool in pools_in_force(config).items()]
+
+
+def _plan(name: str, pool: PoolTable, config: Config, accelerator: str) -> PoolPlan:
+    queue, limits, timeouts = config.queue, config.limits, config.timeouts
     settings = PoolSettings(
-        capacity=queue.capacity,
-        max_bytes=queue.max_bytes,
+        queue=QueueLimits(
+            capacity=queue.capacity,
+            batch_capacity=queue.batch_capacity,
+            max_bytes=queue.max_bytes,
+            batch_promote_s=None if config.profile == "home" else queue.batch_promote_s,
+        ),
         max_wait_s=queue.max_wait_s,
         default_retry_after_ms=queue.default_retry_after_ms,
         ctx=limits.ctx,
         max_tokens_default=limits.max_tokens_default,
         max_tokens=limits.max_tokens,
-        retries=adapter.retries,
+        retries=pool.retries,
         first_token_s=timeouts.first_token_s,
         idle_s=timeouts.idle_s,
         wall_s=timeouts.wall_s,
         accelerator=accelerator,
     )
+    replicas = tuple(
+        ReplicaPlan(
+            replica_id=replica.id,
+            endpoint=replica.endpoint,
+            slots=None if replica.slots == "auto" else replica.slots,
+            devices=replica.devices,
+            api_key=replica.api_key,
+            drain_s=pool.drain_s,
+        )
+        for replica in pool.replicas
+    )
+    return PoolPlan(
+        pool_id=name,
+        engine=pool.engine,
+        settings=settings,
+        replicas=replicas,
+        self_test=pool.self_test,
+    )
+
+
+def _pool(plan: PoolPlan, config: Config, sampler: GpuSampler) -> Pool:
     return Pool(
-        "default",
-        engine,
-        settings,
-        slots=None if adapter.slots == "auto" else adapter.slots,
-        drain_s=adapter.drain_s,
+        plan.pool_id,
+        plan.engine,
+        plan.settings,
+        [_replica(replica, plan, config) for replica in plan.replicas],
         on_readiness=journal.readiness_changed,
-        self_test=selftest.examine if adapter.self_test else None,
+        free_vram=sampler.free_vram,
+    )
+
+
+def _replica(plan: ReplicaPlan, pool: PoolPlan, config: Config) -> Replica:
+    engine = LlamaCpp(
+        plan.endpoint,
+        api_key=plan.api_key,
+        connect_s=config.timeouts.connect_s,
+        control_s=config.timeouts.control_s,
+    )
+    return Replica(
+        plan.replica_id,
+        engine,
+        slots=plan.slots,
+        drain_s=plan.drain_s,
+        devices=plan.devices,
+        self_test=selftest.examine if pool.self_test else None,
     )
 
 
@@ -196,7 +245,7 @@ def serve(config: Config, config_file: Path | None = None) -> int:
     """Run until SIGTERM or SIGINT, and return the exit code. Raises StartError."""
     accelerator = _accelerator(config)
     sock = _bind(parse_address(config.bind_addr))
-    secrets = [config.auth.token, config.adapter.api_key]
+    secrets = secrets_of(msgspec.to_builtins(config))
     listener = logs.start(text=config.log.format == "text", level=config.log.level, secrets=secrets)
     try:
         _warn(config, config_file)
@@ -273,9 +322,7 @@ def _shows_a_secret(config_file: Path) -> bool:
     """Whether the file itself holds a secret, not what came from elsewhere, and lets others read it."""
     if not config_file.is_file() or not stat.S_IMODE(config_file.stat().st_mode) & 0o077:
         return False
-    tables = tomllib.loads(config_file.read_text("utf-8"))
-    keys = (key.partition(".") for key in SECRET_KEYS)
-    return any(tables.get(table, {}).get(name) for table, _, name in keys)
+    return bool(secrets_of(tomllib.loads(config_file.read_text("utf-8"))))
 
 
 # -- run and stop ----------------------------------------------------------------------------------

@@ -78,6 +78,13 @@ class GpuSampler:
         )
         return msgspec.structs.replace(last, fault=fault)
 
+    def free_vram(self, devices: tuple[int, ...]) -> int | None:
+        """Bytes free on those GPUs together; None if none is named, or not all are known now."""
+        gpus = [gpu for gpu in self.reading.gpus if gpu.index in devices]
+        if not gpus or len(gpus) < len(devices):
+            return None
+        return sum(gpu.vram_total_bytes - gpu.vram_used_bytes for gpu in gpus)
+
     def _work(self) -> None:
         while not self._stopped.is_set():
             self.sample()

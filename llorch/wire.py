@@ -215,8 +215,6 @@ def _check_fields(said: TaskBody, max_tokens: int) -> None:
         raise InvalidParams("$: at most one of grammar and json_schema")
     if said.determinism == "strict" and said.seed is UNSET:
         raise InvalidParams("$.determinism: strict needs a seed")
-    if said.priority == "batch":
-        raise InvalidParams("$.priority: batch is not available yet, leave it out or say interactive")
     for index, text in enumerate(_or(said.stop, ())):
         _check_size(f"$.stop[{index}]", text, MAX_STOP_BYTES)
     _check_size("$.grammar", _or(said.grammar, ""), MAX_GRAMMAR_BYTES)

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from llorch.config import Config, Section, env_name
+from llorch.config import env_name
+from llorch.schema import Config, Section
 from llorch.task import TRANSITIONS, State
 
 ROOT = Path(__file__).parent.parent

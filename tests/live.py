@@ -166,7 +166,7 @@ class Live:
         self.url = f"http://127.0.0.1:{self.port}"
         self.orchestrator = await self._open.enter_async_context(server.listening(self.config, sock, "test"))
         self.pool = self.orchestrator.pools["default"]
-        self.replica = self.pool.replica
+        self.replica = self.pool.replicas[0]
         self.work = asyncio.create_task(self.orchestrator.run(), name="orchestrator")
         self.session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0))
         return self

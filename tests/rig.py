@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from llorch.admission import QueueLimits
 from llorch.orchestrator import Orchestrator, StreamSettings
-from llorch.pool import Pool, PoolSettings
+from llorch.plan import PoolSettings
+from llorch.pool import Pool
 from llorch.replica import Replica
 from llorch.task import Sampling, State, Task, TaskRequest
 from tests.memory_engine import Call, MemoryEngine
 from tests.virtualtime import settled
 
 POOL = PoolSettings(
-    capacity=8,
-    max_bytes=10_000,
+    queue=QueueLimits(capacity=8, max_bytes=10_000),
     max_wait_s=3600.0,
     default_retry_after_ms=2000,
     ctx=0,
@@ -80,18 +81,19 @@ class Rig:
         self.engine = engine
         self.readiness: list[tuple[bool, str | None]] = []
         self.moves: list[tuple[Task, State]] = []
+        limits = _replace(POOL.queue, settings)
         self.pool = Pool(
             "default",
-            engine,
-            _replace(POOL, settings),
+            engine.name,
+            msgspec.structs.replace(_replace(POOL, settings), queue=limits),
+            [Replica("default-0", engine, chance=random.Random(0), **options)],
             on_readiness=self._readiness,
             chance=random.Random(0),
-            **options,
         )
         self.orchestrator = Orchestrator([self.pool], _replace(STREAM, settings), tickets=False)
         assert not settings, f"no such settings: {settings}"
         self.orchestrator.listeners.append(lambda _, task, __: self.moves.append((task, task.state)))
-        self.replica = self.pool.replica
+        self.replica = self.pool.replicas[0]
         self.queue = self.pool.queue
 
     def _readiness(self, _: Pool, replica: Replica) -> None:

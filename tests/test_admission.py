@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch.admission import AdmissionQueue, Reservation
+from llorch.admission import AdmissionQueue, QueueLimits, Reservation
 from llorch.errors import QueueFull
-from llorch.task import Task, TaskRequest
+from llorch.task import Priority, Task, TaskRequest
 from tests.virtualtime import settled, virtual_time
 
 NUMBERS = iter(range(10**9))
@@ -27,7 +27,8 @@ def a_task(*, strict: bool = False) -> Task:
 
 def a_queue(capacity: int = 3, max_bytes: int = 100) -> AdmissionQueue:
     """An empty one."""
-    return AdmissionQueue(capacity, max_bytes)
+    limits = QueueLimits(capacity=capacity, max_bytes=max_bytes)
+    return AdmissionQueue(limits, lambda priority, message: QueueFull(message), lambda: 0.0)
 
 
 def admitted(queue: AdmissionQueue, *, size_bytes: int = 1, strict: bool = False) -> Task:
@@ -39,7 +40,7 @@ def admitted(queue: AdmissionQueue, *, size_bytes: int = 1, strict: bool = False
 
 def counts(queue: AdmissionQueue) -> tuple[int, int, int, int, int]:
     """Everything it counts."""
-    return len(queue), queue.waiting_bytes, queue.waiting_strict, queue.reserved, queue.reserved_bytes
+    return len(queue), queue.waiting_bytes, queue.strict, queue.reserved, queue.reserved_bytes
 
 
 # -- order -----------------------------------------------------------------------------------------
@@ -99,7 +100,8 @@ def test_removal_and_position_do_not_look_at_the_others() -> None:
     """A task leaves, and is told its place, as quickly in a long queue as in a short one."""
     queue = a_queue(capacity=1000, max_bytes=1000)
     tasks = [admitted(queue) for _ in range(1000)]
-    queue._waiting = Unwalkable(queue._waiting)
+    lane = queue.lanes["interactive"]
+    lane._waiting = Unwalkable(lane._waiting)
     for ahead, task in reversed(list(enumerate(tasks))):
         assert queue.position(task) == ahead
         assert queue.remove(task)
@@ -116,10 +118,10 @@ def test_the_position_is_the_count_of_those_ahead(steps: list[int | None]) -> No
         elif step < len(waiting):
             queue.remove(waiting[step])
         assert [queue.position(task) for task in queue] == list(range(len(queue)))
-        assert len(queue._gaps) <= len(steps)
+        assert len(queue.lanes["interactive"]._gaps) <= len(steps)
     for task in list(queue):
         queue.remove(task)
-    assert queue._gaps == []
+    assert queue.lanes["interactive"]._gaps == []
 
 
 # -- bounds ----------------------------------------------------------------------------------------
@@ -130,19 +132,19 @@ def test_the_position_is_the_count_of_those_ahead(steps: list[int | None]) -> No
 def test_exactly_slots_plus_capacity_are_let_in(capacity: int, free_slots: int) -> None:
     """With S free slots and capacity N exactly S + N places are given at once [MVP-031]."""
     queue = a_queue(capacity)
-    places = [queue.reserve(1, free_slots) for _ in range(capacity + free_slots)]
+    places = [queue.reserve(1, free_slots=free_slots) for _ in range(capacity + free_slots)]
     with pytest.raises(QueueFull):
-        queue.reserve(1, free_slots)
+        queue.reserve(1, free_slots=free_slots)
     places[0].release()
-    queue.reserve(1, free_slots)
+    queue.reserve(1, free_slots=free_slots)
     with pytest.raises(QueueFull):
-        queue.reserve(1, free_slots)
+        queue.reserve(1, free_slots=free_slots)
 
 
 def test_waiting_tasks_never_outnumber_the_capacity() -> None:
     """A place that counted on a free slot is refused at admission once that slot has gone."""
     queue = a_queue(capacity=1)
-    counted_on_a_slot = [queue.reserve(5, 1), queue.reserve(5, 1)]
+    counted_on_a_slot = [queue.reserve(5, free_slots=1), queue.reserve(5, free_slots=1)]
     queue.admit(counted_on_a_slot[0], a_task())
     with pytest.raises(QueueFull):
         queue.admit(counted_on_a_slot[1], a_task())
@@ -219,11 +221,12 @@ def test_the_refusal_is_made_by_whoever_knows_the_backoff() -> None:
     """The queue asks its owner for the exception, with the sentence."""
     said: list[str] = []
 
-    def refuse(message: str) -> QueueFull:
+    def refuse(priority: Priority, message: str) -> QueueFull:
+        assert priority == "interactive"
         said.append(message)
         return QueueFull(message, retry_after_ms=1234)
 
-    queue = AdmissionQueue(1, 100, refuse)
+    queue = AdmissionQueue(QueueLimits(capacity=1, max_bytes=100), refuse, lambda: 0.0)
     admitted(queue)
     with pytest.raises(QueueFull) as refusal:
         queue.reserve(1)
@@ -234,13 +237,14 @@ def test_the_refusal_is_made_by_whoever_knows_the_backoff() -> None:
 @settings(deadline=None, max_examples=50)
 def test_what_is_counted_is_what_is_there(data: st.DataObject) -> None:
     """Whatever is reserved, resized, admitted, removed and given back, the counts are exact."""
-    queue = AdmissionQueue(4, 50)
+    queue = a_queue(4, 50)
     places: list[Reservation] = []
     for _ in range(data.draw(st.integers(1, 40))):
         action = data.draw(st.sampled_from(["reserve", "resize", "admit", "release", "remove"]))
         try:
             if action == "reserve":
-                places.append(queue.reserve(data.draw(st.integers(0, 30)), data.draw(st.integers(0, 2))))
+                free_slots = data.draw(st.integers(0, 2))
+                places.append(queue.reserve(data.draw(st.integers(0, 30)), free_slots=free_slots))
             elif action == "remove" and len(queue):
                 queue.remove(data.draw(st.sampled_from(list(queue))))
             elif places and action in ("resize", "admit", "release"):
@@ -255,7 +259,7 @@ def test_what_is_counted_is_what_is_there(data: st.DataObject) -> None:
         except QueueFull:
             pass
         waiting = list(queue)
-        assert len(waiting) <= queue.capacity
+        assert len(waiting) <= queue.limits.capacity
         assert counts(queue) == (
             len(waiting),
             sum(task.size_bytes for task in waiting),
@@ -263,7 +267,7 @@ def test_what_is_counted_is_what_is_there(data: st.DataObject) -> None:
             len(places),
             sum(place.size_bytes for place in places),
         )
-        assert queue.waiting_bytes + queue.reserved_bytes <= queue.max_bytes
+        assert queue.waiting_bytes + queue.reserved_bytes <= queue.limits.max_bytes
 
 
 # -- waking ----------------------------------------------------------------------------------------

@@ -9,20 +9,23 @@ import llorch
 
 ROOT = Path(llorch.__file__).parent
 ROOMS = """
-    __init__ adapters.__init__ errors events eventlog task config engine admission estimate selftest
-    health capabilities replica pool orchestrator outlook adapters.sse adapters.spare adapters.llamacpp
+    __init__ adapters.__init__ errors events eventlog task schema rules config engine admission plan
+    estimate selftest agreement health capabilities placement replica replicaset execution pool orchestrator
+    outlook adapters.sse adapters.spare adapters.llamacpp
     gpu telemetry logs sdnotify security wire status examples glossary operations openapi streams page api
     journal server exits terminal answers client tables arguments prompts following top commands doctor
     completion cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
-CORE = ("eventlog", "engine", "selftest", "pool", "orchestrator", "config", "journal")
+CORE = ("eventlog", "engine", "selftest", "replicaset", "execution", "pool", "orchestrator", "journal")
+CORE += ("schema", "rules", "config")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 BLIND = {  # what a module knows nothing of, though the order alone would allow it
     **{module: {"aiohttp"} for module in CORE},
-    **{module: {"asyncio", "aiohttp"} for module in ("errors", "events", "task", "estimate")},
+    **{module: {"asyncio", "aiohttp"} for module in ("errors", "events", "task", "estimate", "placement")},
     "admission": {"aiohttp", "engine"},
     "replica": {"aiohttp", "admission"},
+    "replicaset": {"aiohttp", "admission"},
     "adapters.llamacpp": {"pool", "replica", "admission", "orchestrator"},
     "security": {"aiohttp", "orchestrator", "pool", "task"},
     "streams": {"task", "orchestrator", "pool"},
@@ -33,7 +36,7 @@ BLIND = {  # what a module knows nothing of, though the order alone would allow 
 ISLANDS = {
     "errors",
     "events",
-    "config",
+    "schema",
     "estimate",
     "adapters.sse",
     "gpu",
@@ -72,7 +75,8 @@ def test_a_module_knows_only_what_is_above_it(module: str) -> None:
     ours = imports(module) & set(ORDER)
     assert all(ORDER.index(name) < ORDER.index(module) for name in ours)
     assert not imports(module) & BLIND.get(module, set())
-    assert "config" not in ours or module in ("server", "cli")
+    configured = {"schema", "rules", "config"}
+    assert not configured & ours or module in {"server", "cli", *configured}
     assert not ours or module not in ISLANDS
 
 

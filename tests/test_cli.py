@@ -15,7 +15,8 @@ import pytest
 
 from llorch import __version__, cli
 from llorch.cli import main
-from llorch.config import Config, defaults, env_name, load
+from llorch.config import defaults, env_name, load
+from llorch.schema import Config
 from llorch.server import EXIT_CONFIG, EXIT_UNAVAILABLE
 
 TOKEN = "canary-token-0123456789"

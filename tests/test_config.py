@@ -11,16 +11,8 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llorch.config import (
-    Address,
-    Config,
-    ConfigError,
-    defaults,
-    env_name,
-    load,
-    parse_address,
-    unknown_variables,
-)
+from llorch.config import defaults, env_name, load, unknown_variables
+from llorch.schema import Address, Config, ConfigError, parse_address
 
 TOKEN = "canary-token-0123456789"
 

@@ -318,8 +318,8 @@ class Core(RuleBasedStateMachine):
         assert starts == sorted(starts), f"6: {starts}"
         started = {self.prompts[task] for task, state in self.it.moves if state is State.RUNNING}
         assert set(engine.prompts) <= started, "5"
-        assert len(queue) <= queue.capacity, "7"
-        assert queue.waiting_bytes + queue.reserved_bytes <= queue.max_bytes, "7, in bytes"
+        assert len(queue) <= queue.limits.capacity, "7"
+        assert queue.waiting_bytes + queue.reserved_bytes <= queue.limits.max_bytes, "7, in bytes"
         assert len(replica.leases) <= replica.slots, "8"
         assert len(replica.leases) < 2 or not any(lease.exclusive for lease in replica.leases), "8"
         assert len(engine.working) <= replica.slots, "8, in the engine"

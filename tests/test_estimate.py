@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llorch.estimate import MAX_RETRY_AFTER_MS, MIN_RETRY_AFTER_MS, ServiceEstimate
+from llorch.estimate import MAX_RETRY_AFTER_MS, MIN_RETRY_AFTER_MS, Busy, ServiceEstimate
 
 SECONDS = st.floats(0, 10_000)
 RUNNING = st.lists(SECONDS, max_size=6)
@@ -25,8 +25,8 @@ def measured(*service_s: float, default_ms: int = 2000) -> ServiceEstimate:
 def test_nothing_is_predicted_before_anything_was_measured() -> None:
     """No start is promised, and the backoff is the configured one [MVP-031]."""
     estimate = measured(default_ms=2500)
-    assert estimate.predicted_start_ms([], 1, ahead=0, strict_ahead=0, strict=False) is None
-    assert estimate.retry_after_ms([], 1) == 2500
+    assert estimate.predicted_start_ms([Busy([], 1)], ahead=0, strict_ahead=0, strict=False) is None
+    assert estimate.retry_after_ms([Busy([], 1)]) == 2500
 
 
 def test_the_first_measurement_counts_whole() -> None:
@@ -63,7 +63,7 @@ def test_the_prediction_is_plain_queueing(
 ) -> None:
     """With a mean of 10 s: what is left of those that run, then one mean for each round before it."""
     predicted = measured(10).predicted_start_ms(
-        running_s, slots, ahead=ahead, strict_ahead=strict_ahead, strict=strict
+        [Busy(running_s, slots)], ahead=ahead, strict_ahead=strict_ahead, strict=strict
     )
     assert predicted == expected_ms
 
@@ -73,13 +73,13 @@ def test_the_prediction_is_plain_queueing(
 )
 def test_the_backoff_is_when_the_head_starts(running_s: list[float], expected_ms: int) -> None:
     """A place in the full queue frees as its head starts; never sooner than 250 ms."""
-    assert measured(10).retry_after_ms(running_s, 1) == expected_ms
+    assert measured(10).retry_after_ms([Busy(running_s, 1)]) == expected_ms
 
 
 def test_the_backoff_of_a_strict_head_is_when_all_are_idle() -> None:
     """The queue moves when the slowest of the running ones is done."""
-    assert measured(10).retry_after_ms([8, 3], 2) == 2000
-    assert measured(10).retry_after_ms([8, 3], 2, head_is_strict=True) == 7000
+    assert measured(10).retry_after_ms([Busy([8, 3], 2)]) == 2000
+    assert measured(10).retry_after_ms([Busy([8, 3], 2)], head_is_strict=True) == 7000
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -91,7 +91,9 @@ def test_the_backoff_is_always_within_its_bounds(
     seen: list[float], running_s: list[float], slots: int, strict: bool, default_ms: int
 ) -> None:
     """250 ms to 5 min, whole milliseconds, whatever was measured."""
-    wait_ms = measured(*seen, default_ms=default_ms).retry_after_ms(running_s, slots, head_is_strict=strict)
+    wait_ms = measured(*seen, default_ms=default_ms).retry_after_ms(
+        [Busy(running_s, slots)], head_is_strict=strict
+    )
     assert MIN_RETRY_AFTER_MS == 250 <= wait_ms <= MAX_RETRY_AFTER_MS == 300_000
     assert isinstance(wait_ms, int)
 
@@ -106,7 +108,9 @@ def test_one_more_task_ahead_never_means_an_earlier_start(
     estimate = measured(mean_s)
 
     def start_s(ahead: int, strict_ahead: int) -> float:
-        start = estimate.start_in_s(running_s, slots, ahead=ahead, strict_ahead=strict_ahead, strict=strict)
+        start = estimate.start_in_s(
+            [Busy(running_s, slots)], ahead=ahead, strict_ahead=strict_ahead, strict=strict
+        )
         assert start is not None
         return start
 
@@ -121,8 +125,8 @@ def test_longer_tasks_never_mean_an_earlier_start(
     mean_s: float, more_s: float, running_s: list[float], slots: int, ahead: int, strict: bool
 ) -> None:
     """Monotone in the measured service time."""
-    shorter = measured(mean_s).start_in_s(running_s, slots, ahead=ahead, strict=strict)
-    longer = measured(mean_s + more_s).start_in_s(running_s, slots, ahead=ahead, strict=strict)
+    shorter = measured(mean_s).start_in_s([Busy(running_s, slots)], ahead=ahead, strict=strict)
+    longer = measured(mean_s + more_s).start_in_s([Busy(running_s, slots)], ahead=ahead, strict=strict)
     assert shorter is not None
     assert longer is not None
     assert shorter <= longer + 1e-6
@@ -135,8 +139,8 @@ def test_a_strict_task_never_starts_before_a_shared_one_in_its_place(
 ) -> None:
     """Who needs all slots waits at least as long as who needs one."""
     estimate = measured(mean_s)
-    shared = estimate.start_in_s(running_s, slots, ahead=ahead)
-    strict = estimate.start_in_s(running_s, slots, ahead=ahead, strict=True)
+    shared = estimate.start_in_s([Busy(running_s, slots)], ahead=ahead)
+    strict = estimate.start_in_s([Busy(running_s, slots)], ahead=ahead, strict=True)
     assert shared is not None
     assert strict is not None
     assert shared <= strict

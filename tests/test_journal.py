@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llorch.execution import Execution
 from llorch.logs import JsonLines
 from tests.fakes import Connection, FakeLlamaServer, answers, error, says, streams
 from tests.live import TOKEN, Live, eventually
@@ -273,7 +274,7 @@ async def test_secrets_of_a_whole_life(
             assert (await live.post({"prompt": CANARY})).status == 500
         with monkeypatch.context() as patch:
             fake_engine.hold = False
-            patch.setattr(live.pool, "_complete", lambda *_: int(CANARY))
+            patch.setattr(Execution, "_complete", lambda *_: int(CANARY))
             await live.events(await live.submit(prompt=CANARY))
     assert {"bug", "refused", "completed", "cancelled"} <= {line["event"] for line in journal.lines()}
     assert CANARY not in journal.text

@@ -9,6 +9,7 @@ import pytest
 from llorch.errors import LlorchError, PoolUnavailable, QueueFull, TaskNotFound, TooManyStreams, UnknownPool
 from llorch.orchestrator import Orchestrator
 from llorch.pool import Pool
+from llorch.replica import Replica
 from llorch.task import State, Task, TaskRequest
 from tests.memory_engine import MemoryEngine
 from tests.rig import POOL, STREAM, Rig, names, rig
@@ -357,7 +358,8 @@ async def test_what_is_forgotten_is_forgotten_everywhere() -> None:
 
 def bare(engine: MemoryEngine) -> Orchestrator:
     """An orchestrator that nobody runs."""
-    pool = Pool("default", engine, POOL, slots=None, drain_s=60, on_readiness=lambda *_: None)
+    replica = Replica("default-0", engine, slots=None, drain_s=60)
+    pool = Pool("default", engine.name, POOL, [replica], on_readiness=lambda *_: None)
     return Orchestrator([pool], STREAM, tickets=False)
 
 
@@ -390,12 +392,12 @@ async def breaks(*_: object) -> None:
 
 def probing_breaks(orchestrator: Orchestrator) -> None:
     """In the probe."""
-    orchestrator.pools["default"].engine.health = breaks  # type: ignore[method-assign]
+    orchestrator.pools["default"].replicas[0].engine.health = breaks  # type: ignore[method-assign]
 
 
 def draining_breaks(orchestrator: Orchestrator) -> None:
     """While a slot drains."""
-    replica = orchestrator.pools["default"].replica
+    replica = orchestrator.pools["default"].replicas[0]
     lease = replica.try_lease(exclusive=False)
     assert lease is not None
     lease.close(clean=False)

@@ -8,9 +8,11 @@ import msgspec
 import pytest
 
 from llorch.adapters.llamacpp import LlamaCpp
+from llorch.admission import QueueLimits
 from llorch.errors import ContextOverflow
 from llorch.orchestrator import Orchestrator
 from llorch.pool import Pool
+from llorch.replica import Replica
 from llorch.selftest import examine
 from llorch.task import Message, Sampling, State, Task, TaskRequest
 from tests.conftest import REAL_CTX, REAL_SLOTS
@@ -19,7 +21,11 @@ from tests.rig import POOL, STREAM, events, names, text
 pytestmark = pytest.mark.real_engine
 
 SETTINGS = msgspec.structs.replace(
-    POOL, capacity=100, max_bytes=1 << 20, max_tokens=REAL_CTX, first_token_s=60.0, idle_s=60.0
+    POOL,
+    queue=QueueLimits(capacity=100, max_bytes=1 << 20),
+    max_tokens=REAL_CTX,
+    first_token_s=60.0,
+    idle_s=60.0,
 )
 PATIENCE_S = 60.0
 FOR_LONG = Sampling(grammar='root ::= "a" root')  # never done by itself
@@ -30,10 +36,8 @@ class House:
 
     def __init__(self, engine: LlamaCpp) -> None:
         self.engine = engine
-        self.pool = Pool(
-            "default", engine, SETTINGS, slots=REAL_SLOTS, drain_s=PATIENCE_S, on_readiness=lambda *_: None
-        )
-        self.replica = self.pool.replica
+        self.replica = Replica("default-0", engine, slots=REAL_SLOTS, drain_s=PATIENCE_S)
+        self.pool = Pool("default", engine.name, SETTINGS, [self.replica], on_readiness=lambda *_: None)
         self.orchestrator = Orchestrator([self.pool], STREAM, tickets=False)
 
     async def submit(self, prompt: str | None, **asked: Any) -> Task:

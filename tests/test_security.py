@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from llorch import security
-from llorch.config import ConfigError, load
+from llorch.config import load
 from llorch.errors import BadToken, ForbiddenHost, ForbiddenOrigin, InvalidParams, LlorchError, MissingToken
+from llorch.schema import ConfigError
 from llorch.security import Gate, check_ticket, same_secret
 
 TOKEN = "canary-token-0123456789"

@@ -11,9 +11,11 @@ from unittest.mock import patch
 
 import msgspec
 
+from llorch import pool
 from llorch.admission import AdmissionQueue, Reservation
 from llorch.engine import EngineBroken, EngineFailure, EngineRefused
 from llorch.eventlog import EventLog
+from llorch.execution import Execution
 from llorch.orchestrator import Orchestrator
 from llorch.pool import Pool
 from llorch.replica import Lease, Replica
@@ -101,13 +103,19 @@ async def one_look_is_enough(self: Replica) -> bool:
     return idle
 
 
-@plant(Replica, "try_lease")
-def strict_task_does_not_wait_for_idle(self: Replica, *, exclusive: bool) -> Lease | None:
-    return _try_lease(self, exclusive=False)
+@plant(Pool, "_start")
+def strict_task_does_not_wait_for_idle(self: Pool, task: Task) -> bool:
+    with (
+        patch.object(pool, "choose", lambda candidates, *, strict: _choose(candidates, strict=False)),
+        patch.object(
+            Replica, "try_lease", lambda replica, *, exclusive: _try_lease(replica, exclusive=False)
+        ),
+    ):
+        return _start(self, task)
 
 
 @plant(Pool, "_ran")
-def runner_that_never_ran_keeps_its_lease(self: Pool, task: Task, lease: Lease, runner: Any) -> None:
+def runner_that_never_ran_keeps_its_lease(self: Pool, execution: Execution, runner: Any) -> None:
     del self._running[runner]
 
 
@@ -122,42 +130,38 @@ def stop_forgets_the_queue(self: Pool) -> None:
     self.stopping = True
 
 
-@plant(Pool, "_attempt")
-async def broken_answer_is_tried_again(self: Pool, *args: Any) -> EngineFailure | None:
+@plant(Execution, "_attempt")
+async def broken_answer_is_tried_again(self: Execution, *args: Any) -> EngineFailure | None:
     failure = await _attempt(self, *args)
     return EngineRefused(failure.summary) if isinstance(failure, EngineBroken) else failure
 
 
 @plant(AdmissionQueue, "admit")
 def bound_is_not_looked_at_again_at_admission(self: AdmissionQueue, place: Reservation, task: Task) -> int:
-    capacity, self.capacity = self.capacity, 1000
-    try:
+    with patch.object(self, "capacity", lambda priority: 1000):
         return _admit(self, place, task)
-    finally:
-        self.capacity = capacity
 
 
-@plant(Pool, "_run")
-async def strict_task_shares_the_prompt_cache(self: Pool, task: Task, lease: Lease) -> None:
-    request = task.request
-    task.request = msgspec.structs.replace(request, determinism="best_effort")
-    await _run(self, task, lease)
+@plant(Execution, "run")
+async def strict_task_shares_the_prompt_cache(self: Execution) -> None:
+    self.task.request = msgspec.structs.replace(self.task.request, determinism="best_effort")
+    await _run(self)
 
 
 @plant(AdmissionQueue, "head")
 @property
 def last_come_first_served(self: AdmissionQueue) -> Task | None:
-    return next(reversed(self._waiting.values()), None)
+    return next(reversed(list(self)), None)
 
 
 @plant(Orchestrator, "submit")
 async def client_that_leaves_keeps_its_place(self: Orchestrator, request: Any, **_: Any) -> Task:
-    pool = self.pool(None)
-    pool.check_readiness()
-    reservation = pool.reserve(request.size_bytes)
+    home = self.pool(None)
+    home.check_readiness()
+    reservation = home.reserve(request.size_bytes, request.priority)
     try:
-        await pool.fit(request, reservation)
-        pool.check_readiness()
+        await home.fit(request, reservation)
+        home.check_readiness()
     except Exception:
         reservation.release()
         raise
@@ -167,18 +171,18 @@ async def client_that_leaves_keeps_its_place(self: Orchestrator, request: Any, *
 
 @plant(Pool, "check_readiness")
 def stopping_pool_admits(self: Pool) -> None:
-    if not self.replica.ready:
+    if not self.replicas.ready:
         _check_readiness(self)
 
 
 @plant(Reservation, "release")
 def place_is_given_back_twice(self: Reservation) -> None:
-    self._queue.reserved -= 1
+    self._lane.reserved -= 1
     self._queue.reserved_bytes -= self.size_bytes
 
 
 _cancel, _seal, _resume = Task.cancel, EventLog.seal, EventLog.resume
 _close, _try_lease = Lease.close, Replica.try_lease
-_attempt, _admit, _submit = Pool._attempt, AdmissionQueue.admit, Orchestrator.submit
-_run, _withdraw = Pool._run, Pool.withdraw
+_attempt, _admit, _submit = Execution._attempt, AdmissionQueue.admit, Orchestrator.submit
+_run, _withdraw, _start, _choose = Execution.run, Pool.withdraw, Pool._start, pool.choose
 _check_readiness = Pool.check_readiness

@@ -11,9 +11,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from llorch.admission import QueueLimits
 from llorch.errors import LlorchError
 from llorch.orchestrator import Orchestrator, StreamSettings
-from llorch.pool import Pool, PoolSettings
+from llorch.plan import PoolSettings
+from llorch.pool import Pool
+from llorch.replica import Replica
 from llorch.selftest import examine
 from llorch.task import Message, Sampling, State, Task, TaskRequest
 from tests.sim.engine import CTX, SimEngine
@@ -42,14 +45,21 @@ class World:
         self.engine = SimEngine(
             self.loop.chance, chance.choice((1, 2, 2, 3)), chance.choice((0.0, 0.0, 0.05, 0.3))
         )
-        self.pool = Pool(
-            "default",
+        limits = settings(chance)
+        replica = Replica(
+            "default-0",
             self.engine,
-            settings(chance),
             slots=chance.choice((None, 2, 2)),
             drain_s=chance.choice((0.3, 60.0)),
-            on_readiness=lambda pool, replica: None,
             self_test=chance.choice((None, examine)),
+            chance=self.loop.chance,
+        )
+        self.pool = Pool(
+            "default",
+            self.engine.name,
+            limits,
+            [replica],
+            on_readiness=lambda pool, replica: None,
             chance=self.loop.chance,
         )
         self.orchestrator = Orchestrator([self.pool], stream_settings(chance), tickets=False)
@@ -216,17 +226,17 @@ class World:
             self.admitted.append(task)
         elif task.state is State.RUNNING:
             self.starts.append(task)
-            if task.strict and pool.replica.determinism == "failed":
+            if task.strict and pool.replicas[0].determinism == "failed":
                 self.violations.append("a strict task was started after a failed self-test")
         if self.stopped and task.state in (State.QUEUED, State.RUNNING):
             self.violations.append("a task was admitted or started after the stop")
 
     def check_step(self) -> None:
         """What must hold after every single callback."""
-        queue, replica = self.pool.queue, self.pool.replica
+        queue, replica = self.pool.queue, self.pool.replicas[0]
         if self.violations or self.engine.violations:
             raise AssertionError("; ".join(self.violations + self.engine.violations))
-        assert len(queue) <= queue.capacity, "more tasks wait than the capacity"
+        assert len(queue) <= queue.limits.capacity, "more tasks wait than the capacity"
         assert queue.reserved >= 0, "a place was given back twice"
         assert queue.reserved_bytes >= 0, "bytes were given back twice"
         assert len(replica.leases) <= max(replica.slots, 1), "more leases than slots"
@@ -254,13 +264,13 @@ class World:
     def check_end(self) -> None:
         """What must hold when all is over."""
         self.check_step()
-        queue, replica, engine = self.pool.queue, self.pool.replica, self.engine
+        queue, replica, engine = self.pool.queue, self.pool.replicas[0], self.engine
         never_started = {task.id for task in self.admitted} - {task.id for task in self.starts}
         starts = [self.admitted.index(task) for task in self.starts]
         assert starts == sorted(starts), f"started in the order {starts}"
         assert all(task.state.final for task in self.admitted), "a task has not ended"
         assert (queue.reserved, queue.reserved_bytes, len(queue)) == (0, 0, 0), "a place is still taken"
-        assert (queue.waiting_bytes, queue.waiting_strict) == (0, 0), "the queue counts what is not there"
+        assert (queue.waiting_bytes, queue.strict) == (0, 0), "the queue counts what is not there"
         assert all(lease.draining and lease.closed for lease in replica.leases), "a lease is still at work"
         by_name = {name_of(task): task for task in self.admitted}
         for generation in engine.sent:
@@ -280,8 +290,7 @@ class World:
 def settings(chance: random.Random) -> PoolSettings:
     """Small limits, so that they are met."""
     return PoolSettings(
-        capacity=chance.randint(1, 5),
-        max_bytes=chance.choice((100, 1000, 1000)),
+        queue=QueueLimits(capacity=chance.randint(1, 5), max_bytes=chance.choice((100, 1000, 1000))),
         max_wait_s=chance.choice((0.3, 3600.0, 3600.0)),
         default_retry_after_ms=500,
         ctx=0,
