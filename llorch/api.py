@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from llorch import openapi, wire
+from llorch import control, openapi, wire
 from llorch.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -32,6 +32,7 @@ from llorch.errors import (
 from llorch.orchestrator import Orchestrator
 from llorch.outlook import Outlook, Teller
 from llorch.page import get_page
+from llorch.reload import Reloader
 from llorch.security import Gate, check_ticket
 from llorch.status import StatusBoard
 from llorch.streams import write_events
@@ -52,6 +53,7 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ORCHESTRATOR = web.AppKey("orchestrator", Orchestrator)
+RELOADER = web.AppKey("reloader", Reloader)
 GATE = web.AppKey("gate", Gate)
 STATUS = web.AppKey("status", StatusBoard)
 OUTLOOK = web.AppKey("outlook", Outlook)
@@ -69,14 +71,14 @@ _PREFLIGHT = {
 
 
 def make_app(
-    orchestrator: Orchestrator, gate: Gate, settings: ApiSettings, status: StatusBoard
+    orchestrator: Orchestrator, reloader: Reloader, gate: Gate, settings: ApiSettings, status: StatusBoard
 ) -> web.Application:
-    """The application with every route."""
+    """The application with every route of its profile."""
     app = web.Application(middlewares=[answer_refusals, guard])
     app[ORCHESTRATOR], app[GATE], app[SETTINGS], app[STATUS] = orchestrator, gate, settings, status
-    app[OUTLOOK] = Outlook(orchestrator)
+    app[OUTLOOK], app[RELOADER] = Outlook(orchestrator), reloader
     app.on_response_prepare.append(_add_headers)
-    for method, path, handler in ROUTES:
+    for method, path, handler in routes(home=settings.home):
         app.router.add_route(method, path, handler, expect_handler=_ignore_expect)
         if method == "GET" and handler is not stream_task:
             app.router.add_route("HEAD", path, handler, expect_handler=_ignore_expect)
@@ -224,6 +226,27 @@ async def get_pool_health(request: web.Request) -> web.Response:
     return _json(request.app[ORCHESTRATOR].health(request.match_info["pool_id"]))
 
 
+async def reload_pool(request: web.Request) -> web.Response:
+    """Other replicas for a pool, or what the configuration says now; all of it, or nothing changes."""
+    body = await _read_body(request, request.app[SETTINGS])
+    pool_id = request.app[ORCHESTRATOR].pool(request.match_info["pool_id"]).pool_id
+    replicas = control.new_replicas(body, pool_id)
+    return _json(await request.app[RELOADER].reload_pool(pool_id, replicas))
+
+
+async def drain_pool(request: web.Request) -> web.Response:
+    """Take no new task, fail what is left at the deadline; until a reload, or until that is cancelled."""
+    body = await _read_body(request, request.app[SETTINGS])
+    pool = request.app[ORCHESTRATOR].pool(request.match_info["pool_id"])
+    deadline_s = control.drain_deadline_s(body)
+    if deadline_s is None:
+        pool.end_drain()
+        return _json(control.Drained(pool_id=pool.pool_id, draining=False))
+    pool.drain(deadline_s)
+    deadline_ms = round(deadline_s * 1000)
+    return _json(control.Drained(pool_id=pool.pool_id, draining=True, deadline_ms=deadline_ms))
+
+
 async def get_status(request: web.Request) -> web.Response:
     """Everything at a glance; cheap enough to be asked every second."""
     return _json(request.app[STATUS].status())
@@ -236,12 +259,13 @@ async def get_capabilities(request: web.Request) -> web.Response:
 
 async def get_openapi(request: web.Request) -> web.Response:
     """The API's description."""
-    return web.Response(body=_description(), content_type="application/json")
+    home = request.app[SETTINGS].home
+    return web.Response(body=_description(home=home), content_type="application/json")
 
 
 @functools.cache
-def _description() -> bytes:
-    return openapi.encoded((method, path) for method, path, _ in ROUTES)
+def _description(*, home: bool) -> bytes:
+    return openapi.encoded((method, path) for method, path, _ in routes(home=home))
 
 
 async def stream_task(request: web.Request) -> web.StreamResponse:
@@ -276,11 +300,21 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/tasks/{task_id}/stream", stream_task),
     ("POST", "/v1/tasks/{task_id}/cancel", cancel_task),
     ("GET", "/v1/pools/{pool_id}/health", get_pool_health),
+    ("POST", "/v1/pools/{pool_id}/reload", reload_pool),
+    ("POST", "/v1/pools/{pool_id}/drain", drain_pool),
     ("GET", "/v1/status", get_status),
     ("GET", "/", get_page),
     ("GET", "/v1/capabilities", get_capabilities),
     ("GET", "/openapi.json", get_openapi),
 ]
+
+
+_NOT_AT_HOME = frozenset({"/v1/pools/{pool_id}/drain"})
+
+
+def routes(*, home: bool) -> list[tuple[str, str, Handler]]:
+    """Every route of the profile."""
+    return [route for route in ROUTES if not home or route[1] not in _NOT_AT_HOME]
 
 
 def _not_found(request: web.Request) -> NotFound:

@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,12 +110,12 @@ def _config_file(options: argparse.Namespace) -> Path | None:
     return DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None  # Path.exists raises for some places
 
 
-def serve(config: Config, config_file: Path | None) -> int:
+def serve(config: Config, config_file: Path | None, reread: Callable[[], Config]) -> int:
     """Run the server; its modules take a while to load, so only here. Raises UsageError."""
     from llorch import server
 
     try:
-        return server.serve(config, config_file)
+        return server.serve(config, config_file, reread)
     except server.StartError as error:
         raise UsageError(str(error), error.exit_code) from error
 
@@ -122,7 +123,11 @@ def serve(config: Config, config_file: Path | None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     path = _config_file(options)
     flags = {key: value for key in _FLAGS if (value := getattr(options, key)) is not None}
-    return serve(load(path, os.environ, flags), path)
+
+    def read() -> Config:
+        return load(path, os.environ, flags)
+
+    return serve(read(), path, read)
 
 
 def _check_config(options: argparse.Namespace) -> int:

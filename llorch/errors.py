@@ -4,7 +4,10 @@ A class knows its own answer; one middleware makes the response. Raise the class
 what happened and where, and put the cure in `hint`.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+import msgspec
 
 
 class LlorchError(Exception):
@@ -119,6 +122,26 @@ class UnsupportedMediaType(LlorchError):
     """A body that is not plain `application/json`."""
 
     code, status, retriable = "UNSUPPORTED_MEDIA_TYPE", 415, False
+
+
+class ReloadStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One step of a reload, how long it took in ms, and, if it failed, why."""
+
+    name: str
+    ok: bool
+    ms: int
+    replica_id: str | None = None
+    fault: str | None = None
+
+
+class ReloadFailed(LlorchError):
+    """A reload that changed nothing; `steps` are those that were taken, the last is the one that failed."""
+
+    code, status, retriable = "RELOAD_FAILED", 409, True
+
+    def __init__(self, message: str, *, engine: str | None = None, steps: Sequence[ReloadStep] = ()) -> None:
+        super().__init__(message, engine=engine)
+        self.steps = steps
 
 
 class QueueFull(LlorchError):

@@ -5,11 +5,12 @@ The one rule: they are values of the very types that go over the wire, so none c
 
 import msgspec
 
-from llorch import errors, wire
+from llorch import control, errors, wire
 from llorch.capabilities import Capabilities, Features, PoolCapabilities
 from llorch.errors import LlorchError
 from llorch.events import Error
 from llorch.health import LaneCounts, PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
+from llorch.reload import Reloaded
 from llorch.status import GpuView, Percentiles, Status, Totals
 
 TASK_ID = "a12aafdd9e8b4c1f8d3e5f60718293a4"
@@ -105,6 +106,33 @@ CREATED = wire.Created(
     correlation_id="my-batch-17",
 )
 CANCELLED = wire.Cancelled(task_id=TASK_ID, state="cancelled", tokens_out=12)
+RELOADS = {
+    "the file again": {},
+    "two engines": {
+        "replicas": [
+            {"id": "gpu0", "endpoint": "http://127.0.0.1:8081", "slots": 4, "devices": [0]},
+            {"id": "gpu1", "endpoint": "unix:/run/llama/gpu1.sock", "slots": 2, "devices": [1]},
+        ]
+    },
+}
+RELOADED = Reloaded(
+    pool_id="default",
+    replicas=["gpu0", "gpu1"],
+    retired=["default-0"],
+    model="your-model.gguf",
+    steps=[
+        errors.ReloadStep(name="validate", ok=True, ms=1),
+        *(
+            errors.ReloadStep(name=name, ok=True, ms=ms, replica_id=replica_id)
+            for replica_id in ("gpu0", "gpu1")
+            for name, ms in (("probe", 3), ("decode", 1240))
+        ),
+        errors.ReloadStep(name="agree", ok=True, ms=0),
+        errors.ReloadStep(name="switch", ok=True, ms=0),
+    ],
+)
+DRAINS = {"for five minutes": {"deadline_ms": 300_000}, "no longer": {"cancel": True}}
+DRAIN_ANSWER = control.Drained(pool_id="default", draining=True, deadline_ms=300_000)
 TASKS = {
     "prompt": {"prompt": "Once upon a time", "max_tokens": 40},
     "reproducible": {"prompt": "Once upon a time", "max_tokens": 40, "seed": 7},
@@ -153,6 +181,20 @@ REFUSALS: tuple[LlorchError, ...] = (
     errors.BodyTimeout("the body took over 10 s (http.body_timeout_s)"),
     errors.DeterminismUnavailable(
         "this engine gives one seed two texts", engine="llamacpp", hint="start llama-server with …"
+    ),
+    errors.ReloadFailed(
+        "nothing was changed: probe of gpu1: nothing listens on unix:/run/llama/gpu1.sock",
+        engine="llamacpp",
+        steps=[
+            errors.ReloadStep(name="validate", ok=True, ms=1),
+            errors.ReloadStep(
+                name="probe",
+                ok=False,
+                ms=1,
+                replica_id="gpu1",
+                fault="nothing listens on unix:/run/llama/gpu1.sock",
+            ),
+        ],
     ),
     errors.BodyTooLarge("the body has 5000000 bytes, http.max_body_bytes is 4194304"),
     errors.UnsupportedMediaType("expected Content-Type: application/json, got 'text/plain'"),

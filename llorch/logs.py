@@ -38,6 +38,11 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._secrets = sorted((secret for secret in secrets if secret), key=len, reverse=True)
 
+    def add(self, secrets: Iterable[str]) -> None:
+        """Know these too."""
+        known = {*self._secrets, *(secret for secret in secrets if secret)}
+        self._secrets = sorted(known, key=len, reverse=True)
+
     def __call__(self, text: str) -> str:
         """`text` with `[redacted]` in the place of each secret."""
         for secret in self._secrets:
@@ -148,12 +153,17 @@ class Writer(threading.Thread):
     """
 
     def __init__(
-        self, backlog: "queue.Queue[logging.LogRecord | None]", formatter: logging.Formatter, stream: TextIO
+        self,
+        backlog: "queue.Queue[logging.LogRecord | None]",
+        formatter: logging.Formatter,
+        stream: TextIO,
+        redactor: Redactor,
     ) -> None:
         super().__init__(name="log", daemon=True)
         self._backlog = backlog
         self._formatter = formatter
         self._stream = stream
+        self._redactor = redactor
 
     def run(self) -> None:
         """Until `stop`."""
@@ -163,6 +173,10 @@ class Writer(threading.Thread):
                 self._stream.flush()
             except Exception:
                 pass
+
+    def redact(self, secrets: Iterable[str]) -> None:
+        """Keep these out of the log from now on too."""
+        self._redactor.add(secrets)
 
     def stop(self) -> None:
         """Write what is left, for a moment: a stdout that stands still keeps no process alive."""
@@ -177,7 +191,8 @@ def start(*, text: bool, level: str, secrets: Iterable[str], stream: TextIO | No
     """Send every log record of this process to `stream` (stdout); call `stop()` on what comes back."""
     redact = Redactor(secrets)
     backlog: queue.Queue[logging.LogRecord | None] = queue.Queue(_BACKLOG_LINES)
-    writer = Writer(backlog, TextLines(redact) if text else JsonLines(redact), stream or sys.stdout)
+    lines = TextLines(redact) if text else JsonLines(redact)
+    writer = Writer(backlog, lines, stream or sys.stdout, redact)
     root = logging.getLogger()
     root.handlers = [_Lossy(backlog)]
     root.setLevel(level.upper())

@@ -161,7 +161,7 @@ def _operation(operation: Operation) -> Schema:
     ]
     if operation.body is not None:
         content = {"schema": _reference(operation.body), "examples": _examples(operation.examples)}
-        said["requestBody"] = {"required": True, "content": {JSON: content}}
+        said["requestBody"] = {"required": not operation.body_optional, "content": {JSON: content}}
     if operation.open:
         said["security"] = []
     elif operation.ticket:
@@ -347,6 +347,11 @@ def _tighten(schemas: dict[str, Schema]) -> None:
     task |= _TASK_RULES
     for field, rule in _TASK_FIELDS.items():
         task["properties"][field] |= rule
+    schemas["ReplicaBody"]["properties"]["devices"]["default"] = []
+    if "DrainBody" in schemas:
+        drain = schemas["DrainBody"]
+        drain["oneOf"] = [{"required": ["deadline_ms"]}, {"required": ["cancel"]}]
+        drain["properties"]["cancel"]["const"] = True
     schemas["Error"]["properties"]["code"]["enum"] = list(EVENT_CODES)
     schemas["Refusal"]["required"] = ["code", "message", "engine"]
 

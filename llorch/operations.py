@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from llorch import errors, examples, wire
+from llorch import control, errors, examples, reload, wire
 from llorch.capabilities import Capabilities
 from llorch.errors import LlorchError
 from llorch.events import End, Error, Started, Token
@@ -58,6 +58,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     parameters: tuple[Parameter, ...] = ()
     body: Any = None
+    body_optional: bool = False
     examples: dict[str, Any] = {}
     answers: dict[int, Answer]
     refusals: tuple[type[LlorchError], ...] = ()
@@ -264,6 +265,46 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: Answer(description="As it is now.", body=PoolHealth, examples={"ready": examples.HEALTH})
         },
         refusals=(errors.UnknownPool,),
+    ),
+    ("POST", "/v1/pools/{pool_id}/reload"): Operation(
+        id="reloadPool",
+        tag="pools",
+        summary="Give a pool other engines",
+        description="Without a body, or without `replicas`: what the configuration file says of the pool now. "
+        "Every new engine is probed, has to decode and to pass the test of seeds; then all changes in one "
+        "step. The queue keeps every task and its order; engines that go finish what they run. If anything "
+        "is wrong, nothing changes.",
+        parameters=(_POOL_ID,),
+        body=control.ReloadBody,
+        body_optional=True,
+        examples=examples.RELOADS,
+        answers={
+            200: Answer(
+                description="Done.", body=reload.Reloaded, examples={"two engines": examples.RELOADED}
+            )
+        },
+        refusals=(
+            *(errors.UnknownPool, errors.BodyTimeout, errors.ReloadFailed),
+            *(errors.BodyTooLarge, errors.UnsupportedMediaType),
+        ),
+    ),
+    ("POST", "/v1/pools/{pool_id}/drain"): Operation(
+        id="drainPool",
+        tag="pools",
+        summary="Let a pool run empty",
+        description="New tasks are refused with 503; what waits and runs goes on until the deadline and is "
+        "failed then. Until a reload, or until the drain is cancelled. Not in the home profile.",
+        parameters=(_POOL_ID,),
+        body=control.DrainBody,
+        examples=examples.DRAINS,
+        answers={
+            200: Answer(
+                description="As it is now.", body=control.Drained, examples={"one": examples.DRAIN_ANSWER}
+            )
+        },
+        refusals=(
+            *(errors.UnknownPool, errors.BodyTimeout, errors.BodyTooLarge, errors.UnsupportedMediaType),
+        ),
     ),
     ("GET", "/v1/capabilities"): Operation(
         id="getCapabilities",

@@ -25,7 +25,10 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine of a pool; `slots` None: as many as it has. `devices`: indices of its GPUs."""
+    """One engine of a pool; `slots` None: as many as it has. `devices`: indices of its GPUs.
+
+    `told_at` is the table of the configuration that says so.
+    """
 
     replica_id: str
     endpoint: str
@@ -33,6 +36,12 @@ class ReplicaPlan(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[int, ...] = ()
     api_key: str = ""
     drain_s: float = 60.0
+    told_at: str = "adapter"
+
+    @property
+    def engine(self) -> tuple[str, str]:
+        """What makes it another engine: where it is, and the key to it."""
+        return self.endpoint, self.api_key
 
 
 class PoolPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,3 +52,4 @@ class PoolPlan(msgspec.Struct, frozen=True, kw_only=True):
     settings: PoolSettings
     replicas: tuple[ReplicaPlan, ...]
     self_test: bool = True
+    told_at: str = "adapter"

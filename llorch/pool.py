@@ -315,13 +315,20 @@ class Pool:
 
     def drain(self, deadline_s: float) -> None:
         """Take no new task; what waits and runs has `deadline_s` and is failed then. Until `end_drain`."""
-        self.end_drain()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         loop = asyncio.get_running_loop()
         self._drain_until = loop.time() + deadline_s
         self._drain_timer = loop.call_later(deadline_s, self._drain_is_due)
+        waiting, running = len(self.queue), len(self._running)
+        message = f"pool {self.pool_id} drains: {running} tasks run and {waiting} wait, for {deadline_s:g} s"
+        log.info(message, extra={"event": "draining", "pool_id": self.pool_id, **self.log_fields()})
 
     def end_drain(self) -> None:
         """Take tasks again."""
+        if self._drain_until is not None:
+            message = f"pool {self.pool_id} takes tasks again"
+            log.info(message, extra={"event": "drain_ended", "pool_id": self.pool_id, **self.log_fields()})
         self._drain_until = None
         if self._drain_timer is not None:
             self._drain_timer.cancel()
@@ -335,8 +342,10 @@ class Pool:
 
     def _drain_is_due(self) -> None:
         self._drain_timer = None
-        message = f"pool {self.pool_id} was drained"
-        for task in [*self.queue, *self._running.values()]:
+        message, left = f"pool {self.pool_id} was drained", [*self.queue, *self._running.values()]
+        said = f"{message}: {len(left)} tasks had not ended"
+        log.info(said, extra={"event": "drained", "pool_id": self.pool_id, **self.log_fields()})
+        for task in left:
             task.fail(Error("POOL_UNAVAILABLE", True, self.settings.default_retry_after_ms, message))
 
     # -- life ---------------------------------------------------------------------------------
@@ -374,7 +383,8 @@ class Pool:
     def stop(self) -> None:
         """Stop dispatch and admission; fail what waits, at once."""
         self.stopping = True
-        self.end_drain()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
         for task in list(self.queue):
             task.fail(
                 Error("POOL_UNAVAILABLE", True, self.settings.default_retry_after_ms, "llorch is stopping")

@@ -23,6 +23,7 @@ from llorch.engine import (
     EngineStalled,
     Props,
 )
+from llorch.plan import ReplicaPlan
 from llorch.selftest import Determinism, Verdict
 
 log = logging.getLogger("llorch.replica")
@@ -111,6 +112,7 @@ class Replica:
         drain_s: float,
         on_change: Callable[["Replica"], None] = _ignore,
         devices: tuple[int, ...] = (),
+        plan: ReplicaPlan | None = None,
         self_test: SelfTest | None = None,
         chance: random.Random | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class Replica:
         self.configured_slots = slots
         self.drain_s = drain_s
         self.devices = devices
+        self.plan = plan
         self.on_change = on_change
         self.excluded: str | None = None
         self.health = Health.UNKNOWN
@@ -382,6 +385,17 @@ class Replica:
         examination = asyncio.create_task(self._examine(self_test, lease), name="self-test")
         examination.add_done_callback(functools.partial(self._examined, lease))
         self._examination = examination
+
+    def reconfigure(self, plan: ReplicaPlan) -> None:
+        """Have what the plan says of the same engine: name, slots, GPUs, time to drain. Plain."""
+        self.plan, self.replica_id, self.devices = plan, plan.replica_id, plan.devices
+        self.configured_slots, self.drain_s = plan.slots, plan.drain_s
+
+    async def tested(self) -> bool:
+        """Return once no self-test is under way: whether there has been one."""
+        if self._examination is not None:
+            await asyncio.wait({self._examination})
+        return self._self_test is not None and not self._untested
 
     async def _examine(self, self_test: SelfTest, lease: Lease) -> Verdict:
         try:

@@ -196,6 +196,9 @@ class ReplicaSet:
         for replica in added:
             replica.on_change = self._changed
             self._look_after(replica)
+            if replica.able:
+                self._agree()
+                self._say(replica)
 
     def _changed(self, replica: Replica) -> None:
         if replica in self._replicas:

@@ -36,6 +36,12 @@ class Verdict(msgspec.Struct, frozen=True):
     fault: str | None = None
 
 
+async def decodes(engine: Engine) -> None:
+    """Return if the engine makes a token; raises EngineFailure if it doesn't."""
+    if not await _tokens(engine, Generation(prompt=_PROMPT, max_tokens=1, sampling=_SAMPLING)):
+        raise EngineBroken("the engine made no token")
+
+
 async def examine(engine: Engine, slots: int) -> Verdict:
     """Put the engine to the test on `slots` slots; raises EngineFailure if it breaks meanwhile."""
     strict = Generation(prompt=_PROMPT, max_tokens=_TOKENS, sampling=_SAMPLING, slot=0, cache_prompt=False)

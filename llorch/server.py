@@ -14,23 +14,21 @@ import signal
 import socket
 import stat
 import tomllib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
 
-from llorch import __version__, gpu, journal, logs, sdnotify, selftest
-from llorch.adapters.llamacpp import LlamaCpp
-from llorch.admission import QueueLimits
+from llorch import __version__, gpu, journal, logs, sdnotify
 from llorch.api import ApiSettings, make_app
+from llorch.blueprint import ConfiguredPools
 from llorch.config import unknown_variables
+from llorch.errors import ReloadFailed
 from llorch.orchestrator import Orchestrator, StreamSettings
-from llorch.plan import PoolPlan, PoolSettings, ReplicaPlan
-from llorch.pool import Pool
-from llorch.replica import Replica
-from llorch.schema import Address, Config, PoolTable, parse_address, pools_in_force, secrets_of
+from llorch.reload import Reloader
+from llorch.schema import Address, Config, parse_address, secrets_of
 from llorch.security import Gate
 from llorch.status import StatusBoard
 from llorch.streams import STALLED_WRITE_S
@@ -99,18 +97,40 @@ class Protocol(web.RequestHandler):
 # -- put together ----------------------------------------------------------------------------------
 
 
-def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestrator]:
-    """The application and its orchestrator; needs a running loop."""
+class House(NamedTuple):
+    """What `compose` puts together."""
+
+    app: web.Application
+    orchestrator: Orchestrator
+    reloader: Reloader
+
+
+class Reading(NamedTuple):
+    """How the configuration is read again, and who is told of the secrets that come with it."""
+
+    reread: Callable[[], Config]
+    on_secrets: Callable[[Iterable[str]], None]
+
+    @classmethod
+    def nothing_new(cls, config: Config) -> "Reading":
+        """There is no file: what is in force is read again."""
+        return cls(lambda: config, lambda secrets: None)
+
+
+def compose(config: Config, accelerator: str, reading: Reading) -> House:
+    """Everything that `config` asks for; needs a running loop."""
     sampler = GpuSampler(required=config.gpu.required)
-    orchestrator = Orchestrator(
-        [_pool(plan, config, sampler) for plan in plans(config, accelerator)],
-        _stream(config),
-        tickets=bool(config.auth.token),
+    configured = ConfiguredPools(
+        config,
+        accelerator,
+        free_vram=sampler.free_vram,
+        reread=reading.reread,
+        on_secrets=reading.on_secrets,
     )
+    orchestrator = Orchestrator(configured.pools(), _stream(config), tickets=bool(config.auth.token))
     orchestrator.listeners.append(journal.task_moved)
     orchestrator.refusal_listeners.append(journal.task_refused)
-    for pool in orchestrator.pools.values():
-        pool.placement_listeners.append(journal.task_placed)
+    reloader = Reloader(orchestrator, configured.plans, configured)
     gate = Gate(
         token=config.auth.token,
         optional_on_loopback=config.auth.optional,
@@ -127,9 +147,9 @@ def compose(config: Config, accelerator: str) -> tuple[web.Application, Orchestr
         heartbeat_s=config.stream.heartbeat_s,
     )
     status = StatusBoard(orchestrator, lambda: sampler.reading, home=home)
-    app = make_app(orchestrator, gate, settings, status)
+    app = make_app(orchestrator, reloader, gate, settings, status)
     app.cleanup_ctx.append(functools.partial(_sampling, sampler))
-    return app, orchestrator
+    return House(app, orchestrator, reloader)
 
 
 async def _sampling(sampler: GpuSampler, app: web.Application) -> AsyncIterator[None]:
@@ -137,79 +157,6 @@ async def _sampling(sampler: GpuSampler, app: web.Application) -> AsyncIterator[
     sampler.start()
     yield
     sampler.stop()
-
-
-def plans(config: Config, accelerator: str) -> list[PoolPlan]:
-    """What the configuration wants every pool to be, the default one first."""
-    return [_plan(name, pool, config, accelerator) for name, pool in pools_in_force(config).items()]
-
-
-def _plan(name: str, pool: PoolTable, config: Config, accelerator: str) -> PoolPlan:
-    queue, limits, timeouts = config.queue, config.limits, config.timeouts
-    settings = PoolSettings(
-        queue=QueueLimits(
-            capacity=queue.capacity,
-            batch_capacity=queue.batch_capacity,
-            max_bytes=queue.max_bytes,
-            batch_promote_s=None if config.profile == "home" else queue.batch_promote_s,
-        ),
-        max_wait_s=queue.max_wait_s,
-        default_retry_after_ms=queue.default_retry_after_ms,
-        ctx=limits.ctx,
-        max_tokens_default=limits.max_tokens_default,
-        max_tokens=limits.max_tokens,
-        retries=pool.retries,
-        first_token_s=timeouts.first_token_s,
-        idle_s=timeouts.idle_s,
-        wall_s=timeouts.wall_s,
-        accelerator=accelerator,
-    )
-    replicas = tuple(
-        ReplicaPlan(
-            replica_id=replica.id,
-            endpoint=replica.endpoint,
-            slots=None if replica.slots == "auto" else replica.slots,
-            devices=replica.devices,
-            api_key=replica.api_key,
-            drain_s=pool.drain_s,
-        )
-        for replica in pool.replicas
-    )
-    return PoolPlan(
-        pool_id=name,
-        engine=pool.engine,
-        settings=settings,
-        replicas=replicas,
-        self_test=pool.self_test,
-    )
-
-
-def _pool(plan: PoolPlan, config: Config, sampler: GpuSampler) -> Pool:
-    return Pool(
-        plan.pool_id,
-        plan.engine,
-        plan.settings,
-        [_replica(replica, plan, config) for replica in plan.replicas],
-        on_readiness=journal.readiness_changed,
-        free_vram=sampler.free_vram,
-    )
-
-
-def _replica(plan: ReplicaPlan, pool: PoolPlan, config: Config) -> Replica:
-    engine = LlamaCpp(
-        plan.endpoint,
-        api_key=plan.api_key,
-        connect_s=config.timeouts.connect_s,
-        control_s=config.timeouts.control_s,
-    )
-    return Replica(
-        plan.replica_id,
-        engine,
-        slots=plan.slots,
-        drain_s=plan.drain_s,
-        devices=plan.devices,
-        self_test=selftest.examine if pool.self_test else None,
-    )
 
 
 def _stream(config: Config) -> StreamSettings:
@@ -241,8 +188,11 @@ def _affordable_readers(wanted: int) -> int:
 # -- start -----------------------------------------------------------------------------------------
 
 
-def serve(config: Config, config_file: Path | None = None) -> int:
-    """Run until SIGTERM or SIGINT, and return the exit code. Raises StartError."""
+def serve(config: Config, config_file: Path | None = None, reread: Callable[[], Config] | None = None) -> int:
+    """Run until SIGTERM or SIGINT, and return the exit code; SIGHUP has `reread` read the configuration anew.
+
+    Raises StartError.
+    """
     accelerator = _accelerator(config)
     sock = _bind(parse_address(config.bind_addr))
     secrets = secrets_of(msgspec.to_builtins(config))
@@ -250,7 +200,8 @@ def serve(config: Config, config_file: Path | None = None) -> int:
     try:
         _warn(config, config_file)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_serve(config, sock, accelerator))
+            reading = Reading(reread or (lambda: config), listener.redact)
+            return runner.run(_serve(config, sock, accelerator, reading))
     finally:
         listener.stop()
 
@@ -329,42 +280,54 @@ def _shows_a_secret(config_file: Path) -> bool:
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first asks to stop, the second to stop at once."""
+    """SIGTERM and SIGINT: the first asks to stop, the second to stop at once. SIGHUP: read all anew."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
         self.stop_at_once = asyncio.Event()
+        self._reload: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._received)
+
+    def on_hangup(self, reloader: Reloader) -> None:
+        """Reload on SIGHUP from now on."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up, reloader)
+
+    def _hang_up(self, reloader: Reloader) -> None:
+        self._reload = asyncio.create_task(_reload(reloader), name="hangup")
 
     def _received(self) -> None:
         (self.stop_at_once if self.stop.is_set() else self.stop).set()
 
 
-async def _serve(config: Config, sock: socket.socket, accelerator: str) -> int:
+async def _serve(config: Config, sock: socket.socket, accelerator: str, reading: Reading) -> int:
     signals = _Signals()
-    async with listening(config, sock, accelerator) as orchestrator:
+    async with listening(config, sock, accelerator, reading) as house:
         host, port = sock.getsockname()[:2]
         loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
         message = f"llorch {__version__} listens on http://{Address(host, port)}, computes on {accelerator}"
         log.info("%s; its event loop is %s's", message, loop, extra={"event": "start"})
+        signals.on_hangup(house.reloader)
         sdnotify.notify(f"READY=1\nSTATUS={message}")
-        return await _work(orchestrator, signals, config.shutdown.grace_s)
+        return await _work(house.orchestrator, signals, config.shutdown.grace_s)
 
 
 @contextlib.asynccontextmanager
-async def listening(config: Config, sock: socket.socket, accelerator: str) -> AsyncIterator[Orchestrator]:
+async def listening(
+    config: Config, sock: socket.socket, accelerator: str, reading: Reading | None = None
+) -> AsyncIterator[House]:
     """Answer on `sock`, the first probe done; `run` the orchestrator inside. Everything is closed after."""
-    app, orchestrator = compose(config, accelerator)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
+    house = compose(config, accelerator, reading or Reading.nothing_new(config))
+    runner = web.AppRunner(house.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.05)
     await runner.setup()
     try:
-        await orchestrator.first_probe(FIRST_PROBE_S)
+        await house.orchestrator.first_probe(FIRST_PROBE_S)
         async with _accepting(runner, sock, config.http.idle_timeout_s):
-            yield orchestrator
+            yield house
     finally:
-        await orchestrator.close()
+        await house.reloader.close()
+        await house.orchestrator.close()
         await runner.cleanup()
 
 
@@ -415,6 +378,16 @@ async def _work(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -
     await _stop(orchestrator, work, signals, grace_s)
     await _end(beat, stop_asked)
     return EXIT_BUG if failed else 0
+
+
+async def _reload(reloader: Reloader) -> None:
+    """What was asked by signal is answered in the log, by whoever reloads."""
+    try:
+        await reloader.reload_all()
+    except ReloadFailed as failure:
+        log.warning("SIGHUP: %s", failure.message, extra={"event": "reload_failed"})
+    except Exception:
+        log.exception("a bug in llorch failed a reload", extra={"event": "bug"})
 
 
 async def _feed_watchdog(work: asyncio.Task[None]) -> None:

@@ -6,12 +6,13 @@ Absent and null are different: an optional field may be left out, never null.
 
 import difflib
 import re
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from llorch.errors import InvalidParams, LlorchError, QueueFull
+from llorch.errors import InvalidParams, LlorchError, QueueFull, ReloadFailed, ReloadStep
 from llorch.events import Error, FinishReason
 from llorch.logs import timestamp
 from llorch.task import Determinism, Message, Priority, Sampling, State, Task, TaskRequest
@@ -126,6 +127,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     retriable: bool | UnsetType = UNSET
     retry_after_ms: Count | UnsetType = UNSET
     hint: str | UnsetType = UNSET
+    steps: list[ReloadStep] | UnsetType = UNSET
 
 
 # -- what comes in ---------------------------------------------------------------------------------
@@ -151,27 +153,32 @@ _CHOICES = {"$.priority": get_args(Priority), "$.determinism": get_args(Determin
 
 def task_request(body: bytes, *, max_tokens: int) -> TaskRequest:
     """The checked request in `body`; `max_tokens` is the configured ceiling. Raises InvalidParams."""
+    return _request(decoded(body, _decode_body, {"$": TaskBody, "$.messages": Message}), max_tokens)
+
+
+def decoded(body: bytes, decode: Callable[[bytes], T], kinds: Mapping[str, type]) -> T:
+    """What is in `body`; `kinds` are the structs at its paths, for suggestions. Raises InvalidParams."""
     if not body:
         raise InvalidParams("$: the body is empty, expected a JSON object")
     try:
-        said = _decode_body(body)
+        return decode(body)
     except msgspec.MsgspecError as error:
-        raise InvalidParams(_explain(str(error))) from None
+        raise InvalidParams(_explain(str(error), kinds)) from None
     except UnicodeDecodeError as error:
         raise InvalidParams(f"$: the body is not UTF-8 (at byte {error.start} of a string)") from None
     except RecursionError:
         raise InvalidParams("$: nested too deeply") from None
-    return _request(said, max_tokens)
 
 
-def _explain(text: str) -> str:
+def _explain(text: str, kinds: Mapping[str, type]) -> str:
     """msgspec's message as `path: what is wrong, and what was meant`."""
     match = _WHERE.fullmatch(text)
     what, path = (match["what"], match["path"] or "$") if match else (text, "$")
     if unknown := _UNKNOWN.fullmatch(what):
         field = unknown["field"][:_MAX_NAME_CHARS]
-        known = [f.name for f in msgspec.structs.fields(TaskBody if path == "$" else Message)]
-        if path == "$" and field in _ELSEWHERE:
+        kind = kinds.get(path.partition("[")[0], kinds["$"])
+        known = [f.name for f in msgspec.structs.fields(kind)]
+        if kind is TaskBody and field in _ELSEWHERE:
             return f"$.{field}: unknown field, {_ELSEWHERE[field]}"
         near = difflib.get_close_matches(field, known, n=1)
         return f"{path}.{field}: unknown field" + (f", did you mean {near[0]}?" if near else "")
@@ -313,6 +320,7 @@ def refusal(error: LlorchError, *, home: bool) -> Refusal:
         retriable=error.retriable if extended and error.retriable is not None else UNSET,
         retry_after_ms=error.retry_after_ms if extended and error.retry_after_ms is not None else UNSET,
         hint=error.hint if error.hint is not None and not home else UNSET,
+        steps=list(error.steps) if isinstance(error, ReloadFailed) and error.steps and not home else UNSET,
     )
 
 

@@ -15,6 +15,7 @@ import math
 import re
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -135,7 +136,10 @@ class EventReader:
 
 
 class Live:
-    """llorch at `url`. `settings` are tables of the configuration; `headers` go with every request."""
+    """llorch at `url`. `settings` are tables of the configuration; `headers` go with every request.
+
+    With a `file` the engines are what that says.
+    """
 
     def __init__(
         self,
@@ -144,13 +148,16 @@ class Live:
         *,
         profile: str = "mvp",
         port: int = 0,
+        file: Path | None = None,
     ) -> None:
-        flat = {"bind_addr": "127.0.0.1:0", "profile": profile, "gpu.required": False}
-        flat |= {"adapter.endpoint": engine.url, "adapter.self_test": False}
+        flat: dict[str, Any] = {"bind_addr": "127.0.0.1:0", "profile": profile, "gpu.required": False}
+        if file is None:
+            flat |= {"adapter.endpoint": engine.url, "adapter.self_test": False}
         flat |= {"auth.token": TOKEN} if profile == "home" else {}
         for table, keys in (settings or {}).items():
             flat |= {f"{table}.{key}": value for key, value in keys.items()}
-        self.config = config.load(flags=flat)
+        self.config = config.load(file, flags=flat)
+        self._reread = lambda: config.load(file, flags=flat)
         self.engine = engine
         self.headers = {"Authorization": f"Bearer {TOKEN}"} if self.config.auth.token else {}
         self.port = port
@@ -164,8 +171,11 @@ class Live:
         sock = self._open.enter_context(socket.create_server(("127.0.0.1", self.port)))
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.orchestrator = await self._open.enter_async_context(server.listening(self.config, sock, "test"))
-        self.pool = self.orchestrator.pools["default"]
+        self.secrets: list[str] = []
+        reading = server.Reading(self._reread, self.secrets.extend)
+        house = await self._open.enter_async_context(server.listening(self.config, sock, "test", reading))
+        self.orchestrator, self.reloader = house.orchestrator, house.reloader
+        self.pool = self.orchestrator.pools[self.orchestrator.default_pool]
         self.replica = self.pool.replicas[0]
         self.work = asyncio.create_task(self.orchestrator.run(), name="orchestrator")
         self.session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0))
@@ -176,7 +186,9 @@ class Live:
         for task in self.orchestrator.recent(None, 10_000):
             task.cancel()
         if failure == (None, None, None):
-            await eventually(lambda: not self.replica.leases, "a lease is left")
+            for pool in self.orchestrator.pools.values():
+                for held in pool.replicas:
+                    await eventually(lambda held=held: not held.leases, "a lease is left")
             async with asyncio.timeout(PATIENCE_S):
                 await self.orchestrator.readers_gone()
         self.orchestrator.stop()

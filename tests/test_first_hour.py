@@ -211,7 +211,7 @@ def silent(engine: FakeLlamaServer) -> str:
     return ""
 
 
-IS_IT = "is it llama-server that listens at adapter.endpoint?"
+IS_IT = "is it llama-server that listens at its endpoint?"
 ENGINES: list[tuple[Callable[[FakeLlamaServer], str], str, tuple[str, ...]]] = [
     (
         gone,
@@ -219,7 +219,7 @@ ENGINES: list[tuple[Callable[[FakeLlamaServer], str], str, tuple[str, ...]]] = [
         ("nothing listens on http://", "(adapter.endpoint)", "is llama-server running?"),
     ),
     (loading, "POOL_UNREADY", ("pool default", "the model is loading", "try again in a moment")),
-    (wants_key, "POOL_UNAVAILABLE", ("misconfigured", "/props answered 401", "adapter.api_key_file")),
+    (wants_key, "POOL_UNAVAILABLE", ("misconfigured", "/props answered 401", "its api_key_file")),
     (without_slots, "POOL_UNAVAILABLE", ("misconfigured", "/slots", "start llama-server with --slots")),
     (another_program, "POOL_UNAVAILABLE", ("misconfigured", "/health answered 404", IS_IT)),
     (a_page, "POOL_UNAVAILABLE", ("/health answered with something else", IS_IT)),

@@ -374,7 +374,7 @@ async def test_a_wrong_api_key_is_a_misconfiguration() -> None:
     async with FakeLlamaServer(api_key="right") as engine:
         llama = LlamaCpp(engine.url, api_key="wrong")
         assert type(await failed(llama)) is EngineMisconfigured
-        with pytest.raises(EngineMisconfigured, match=r"401 \(.*adapter\.api_key_file\): Invalid API Key"):
+        with pytest.raises(EngineMisconfigured, match=r"401 \(.*its api_key_file\): Invalid API Key"):
             await llama.props()
         await llama.close()
 

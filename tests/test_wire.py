@@ -289,9 +289,9 @@ def test_strict_needs_a_seed() -> None:
     assert refusal(determinism="strict") == "$.determinism: strict needs a seed"
 
 
-def test_the_batch_priority_is_not_there_yet() -> None:
-    """It is reserved, and refused rather than ignored."""
-    assert refusal(priority="batch").startswith("$.priority: batch is not available yet")
+def test_the_priority_is_the_lane() -> None:
+    """Interactive unless told otherwise."""
+    assert asked(priority="batch").priority == "batch"
     assert asked(priority="interactive").priority == asked().priority == "interactive"
 
 

@@ -44,10 +44,11 @@ from llorch.task import Message
 MAX_EVENT_BYTES = 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
+_UNIX = "unix:"
 _TOKEN_ID_BYTES = 16  # a token's number in the answer of /tokenize, generously
 _HASH_BLOCK_BYTES = 4 * 1024 * 1024
-_OTHER_PROGRAM = "is it llama-server that listens at adapter.endpoint?"
-_API_KEY = "llama-server was started with an API key: give the same to adapter.api_key_file"
+_OTHER_PROGRAM = "is it llama-server that listens at its endpoint?"
+_API_KEY = "llama-server was started with an API key: give the same to its api_key_file"
 
 _FINAL_FIELDS = [
     "stop",
@@ -118,7 +119,11 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 
 class LlamaCpp:
-    """One llama-server at `endpoint`. Timeouts are seconds; `api_key` goes to the engine and nowhere else."""
+    """One llama-server at `endpoint`, http://host:port or unix:/path.
+
+    Timeouts are seconds; `api_key` goes to the engine and nowhere else. `told_at` is the table of the
+    configuration that has the endpoint, for messages.
+    """
 
     name = "llamacpp"
 
@@ -129,13 +134,18 @@ class LlamaCpp:
         api_key: str = "",
         connect_s: float = 5.0,
         control_s: float = 5.0,
+        told_at: str = "adapter",
     ) -> None:
-        self.endpoint = URL(endpoint)
+        self.place = f"{endpoint} ({told_at}.endpoint)"
+        socket_path = endpoint.removeprefix(_UNIX) if endpoint.startswith(_UNIX) else None
+        self.url = URL(endpoint) if socket_path is None else URL("http://localhost")
         self._control_timeout = aiohttp.ClientTimeout(total=control_s, sock_connect=connect_s)
         self._generation_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True)
+            if socket_path is None
+            else aiohttp.UnixConnector(socket_path, limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={
                 **headers,
@@ -156,7 +166,7 @@ class LlamaCpp:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
-        with _mapped(self.endpoint) as progress:
+        with _mapped(self.place) as progress:
             async with await self._spare.request(_completion_body(generation)) as response:
                 progress.answered = True
                 await _check_status(response)
@@ -225,7 +235,7 @@ class LlamaCpp:
 
     async def model_digest(self, model_path: str) -> str | None:
         """`sha256:…` of the model file, hashed off the loop; None where it is not readable from here."""
-        if not _is_loopback(self.endpoint.host or ""):
+        if not _is_loopback(self.url.host or ""):
             return None  # a file of that name on this machine need not be the engine's
         return await asyncio.to_thread(self._digest, model_path)
 
@@ -259,7 +269,7 @@ class LlamaCpp:
         if self._session.closed:
             raise EngineRefused("the adapter is closed", sent=False)
         return self._session.request(
-            method, self.endpoint.with_path(path), data=body, timeout=timeout, allow_redirects=False
+            method, self.url.with_path(path), data=body, timeout=timeout, allow_redirects=False
         )
 
     async def _ask(
@@ -271,7 +281,7 @@ class LlamaCpp:
         *,
         limit: int = MAX_ANSWER_BYTES,
     ) -> T:
-        with _mapped(self.endpoint) as progress:
+        with _mapped(self.place) as progress:
             async with self._request(method, path, body, self._control_timeout) as response:
                 progress.answered = True
                 await _check_status(response)
@@ -427,7 +437,7 @@ class _Progress:
 
 
 @contextmanager
-def _mapped(endpoint: URL) -> Iterator[_Progress]:
+def _mapped(place: str) -> Iterator[_Progress]:
     """Turn whatever aiohttp raises into an EngineFailure; before the answer's headers it is a refusal."""
     progress = _Progress()
     try:
@@ -435,15 +445,11 @@ def _mapped(endpoint: URL) -> Iterator[_Progress]:
     except EngineFailure:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        if isinstance(getattr(error, "os_error", None), ConnectionRefusedError):
-            raise EngineGone(
-                f"nothing listens on {endpoint} (adapter.endpoint): is llama-server running?", sent=False
-            ) from error
-        raise EngineRefused(
-            f"can't connect to {endpoint} (adapter.endpoint)", detail=_say(error), sent=False
-        ) from error
+        if isinstance(getattr(error, "os_error", None), ConnectionRefusedError | FileNotFoundError):
+            raise EngineGone(f"nothing listens on {place}: is llama-server running?", sent=False) from error
+        raise EngineRefused(f"can't connect to {place}", detail=_say(error), sent=False) from error
     except TimeoutError as error:
-        raise EngineStalled(f"the engine at {endpoint} did not answer in time: is it stuck?") from error
+        raise EngineStalled(f"the engine at {place} did not answer in time: is it stuck?") from error
     except aiohttp.ClientResponseError as error:
         raise EngineBroken("the engine's answer is not HTTP", detail=_say(error)) from error
     except (aiohttp.ClientError, OSError) as error:
