@@ -124,6 +124,11 @@ class Reloader:
         self._blueprint = blueprint
         self._under_way: asyncio.Task[list[Reloaded]] | None = None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether one is."""
+        return self._under_way is not None
+
     async def reload_pool(self, pool_id: str, replicas: Sequence[ReplicaPlan] | None) -> Reloaded:
         """Give one pool these replicas, or, with None, what the configuration file says of it now.
 

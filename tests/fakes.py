@@ -262,6 +262,7 @@ class FakeLlamaServer:
     health: Literal["ok", "loading", "error", "hang"] = "ok"
     lingering: bool = False
     pace_s: float = 0.0  # between the tokens of the default script; for demonstrations, not for tests
+    socket_path: str = ""  # listen there instead of on a port
 
     def __post_init__(self) -> None:
         self.requests: list[Request] = []
@@ -281,7 +282,7 @@ class FakeLlamaServer:
         self._port_keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port_keeper.bind(("127.0.0.1", 0))
         self.port: int = self._port_keeper.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"unix:{self.socket_path}" if self.socket_path else f"http://127.0.0.1:{self.port}"
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -297,7 +298,10 @@ class FakeLlamaServer:
 
     async def start(self) -> None:
         """Listen, on the same port every time."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
+        if self.socket_path:
+            self._server = await asyncio.start_unix_server(self._serve, self.socket_path, backlog=1024)
+        else:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
 
     async def stop(self) -> None:
         """Close every connection and refuse new ones, until `start`."""

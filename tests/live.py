@@ -157,7 +157,8 @@ class Live:
         for table, keys in (settings or {}).items():
             flat |= {f"{table}.{key}": value for key, value in keys.items()}
         self.config = config.load(file, flags=flat)
-        self._reread = lambda: config.load(file, flags=flat)
+        self.flags = flat  # what a reload is told besides the file
+        self._reread = lambda: config.load(file, flags=self.flags)
         self.engine = engine
         self.headers = {"Authorization": f"Bearer {TOKEN}"} if self.config.auth.token else {}
         self.port = port
