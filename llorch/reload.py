@@ -156,6 +156,7 @@ class Reloader:
     async def _reload(self, plans: Callable[[], list[PoolPlan]], engine: str | None = None) -> list[Reloaded]:
         if self._under_way is not None:
             message = "nothing was changed: another reload is under way; try again when it is done"
+            _say_failed(message)
             raise ReloadFailed(message, engine=engine)
         self._under_way = asyncio.create_task(self._work(plans, engine), name="reload")
         self._under_way.add_done_callback(self._done)
@@ -164,7 +165,7 @@ class Reloader:
     def _done(self, work: "asyncio.Task[list[Reloaded]]") -> None:
         self._under_way = None
         if not work.cancelled() and isinstance(failure := work.exception(), ReloadFailed):
-            log.warning("reload failed: %s", failure.message, extra={"event": "reload_failed"})
+            _say_failed(failure.message)
 
     async def _work(self, plans: Callable[[], list[PoolPlan]], engine: str | None) -> list[Reloaded]:
         steps, changes = _Steps(engine), list[_Change]()
@@ -234,3 +235,7 @@ class Reloader:
         log.info(message, extra={"event": "reloaded", "pool_id": pool.pool_id, **pool.log_fields()})
         model = props.model if props else None
         return Reloaded(pool_id=pool.pool_id, replicas=now, retired=retired, model=model, steps=steps.taken)
+
+
+def _say_failed(message: str) -> None:
+    log.warning("reload failed: %s", message, extra={"event": "reload_failed"})

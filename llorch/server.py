@@ -36,6 +36,8 @@ from llorch.telemetry import GpuSampler
 
 log = logging.getLogger("llorch.server")
 
+STDIN = 0
+
 EXIT_BUG = 1
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
@@ -286,6 +288,7 @@ class _Signals:
         self.stop = asyncio.Event()
         self.stop_at_once = asyncio.Event()
         self._reload: asyncio.Task[None] | None = None
+        self._in_terminal = os.isatty(STDIN)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._received)
@@ -295,6 +298,9 @@ class _Signals:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up, reloader)
 
     def _hang_up(self, reloader: Reloader) -> None:
+        if self._in_terminal and not os.isatty(STDIN):  # not asked for by anybody: its window was closed
+            self._received()
+            return
         self._reload = asyncio.create_task(_reload(reloader), name="hangup")
 
     def _received(self) -> None:
@@ -381,11 +387,11 @@ async def _work(orchestrator: Orchestrator, signals: _Signals, grace_s: float) -
 
 
 async def _reload(reloader: Reloader) -> None:
-    """What was asked by signal is answered in the log, by whoever reloads."""
+    """What was asked by signal is answered in the log."""
     try:
         await reloader.reload_all()
-    except ReloadFailed as failure:
-        log.warning("SIGHUP: %s", failure.message, extra={"event": "reload_failed"})
+    except ReloadFailed:
+        pass  # whoever reloads has logged it
     except Exception:
         log.exception("a bug in llorch failed a reload", extra={"event": "bug"})
 

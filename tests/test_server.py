@@ -78,14 +78,14 @@ class Server:
 
 
 async def spawn(
-    code: str, settings: dict[str, Any], env: dict[str, str], **options: Any
+    code: str, settings: dict[str, Any], env: dict[str, str], file: Path | None = None, **options: Any
 ) -> asyncio.subprocess.Process:
-    """Start it, without a config file."""
+    """Start it, without a config file unless one is given."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
     given = {env_name(key): str(value) for key, value in settings.items()}
     pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
     return await asyncio.create_subprocess_exec(
-        *[sys.executable, "-c", f"{code}\n{MAIN}", "serve", "--config", os.devnull],
+        *[sys.executable, "-c", f"{code}\n{MAIN}", "serve", "--config", str(file or os.devnull)],
         cwd=ROOT,
         env=inherited | given | env,
         **(pipes | options),
@@ -268,6 +268,43 @@ async def test_a_configuration_that_can_not_work(settings: dict[str, Any], fault
     assert code == 78
     assert fault in said
     assert all(line.startswith("llorch: ") for line in said.splitlines())
+
+
+# -- SIGHUP ----------------------------------------------------------------------------------------
+
+
+async def test_a_hangup_reads_the_configuration_anew(fake_engine: FakeLlamaServer, tmp_path: Path) -> None:
+    """The whole file; what is wrong with it is a line in the log, and nothing changes."""
+    file = tmp_path / "llorch.toml"
+    file.write_text("queue.capacity = 3")
+    async with serving(fake_engine, file=file) as server:
+        file.write_text("queue.capacity = 5")
+        server.signal(signal.SIGHUP)
+        await server.logged("pool default was reloaded")
+        pool = (await server.ask("GET", "/v1/pools/default/health"))[1]
+        assert pool["queue"]["capacity"] == 5
+        file.write_text("queue.capacity = 7\nstream.max_readers = 9")
+        server.signal(signal.SIGHUP)
+        said = await server.logged("nothing was changed")
+        assert "stream.max_readers: can't change while llorch runs" in said
+        assert (await server.ask("GET", "/v1/pools/default/health"))[1]["queue"]["capacity"] == 5
+        server.signal(signal.SIGTERM)
+        await server.ended(0)
+        assert [line["event"] for line in server.log if line["event"].startswith("reload")] == [
+            "reloaded",
+            "reload_failed",
+        ]
+
+
+async def test_a_closed_terminal_stops_it(fake_engine: FakeLlamaServer) -> None:
+    """Who closes the window of a server in the foreground wants it gone, not reloaded."""
+    master, slave = os.openpty()
+    async with serving(fake_engine, stdin=slave) as server:
+        os.close(slave)
+        os.close(master)
+        server.signal(signal.SIGHUP)
+        await server.ended(0)
+        assert [line["event"] for line in server.log][-2:] == ["stop", "stop"]
 
 
 # -- stop ------------------------------------------------------------------------------------------
