@@ -97,9 +97,9 @@ class Lane:
         number = self._numbers.get(task.id)
         return None if number is None else self._before(number)
 
-    def ripe(self, admitted_until: float) -> int:
-        """How many of those that wait were admitted no later than that; it must not go back in time."""
-        while self._ages and self._ages[0][0] <= admitted_until:
+    def ripe(self, now: float, after_s: float) -> int:
+        """How many wait that have waited `after_s` by `now`, which must not go back; once ripe, for good."""
+        while self._ages and self._ages[0][0] + after_s <= now:
             self._ripe_end = self._ages.popleft()[1] + 1
         return max(self._before(self._ripe_end), 0)
 
@@ -119,25 +119,33 @@ class Lane:
             del self._gaps[: bisect_left(self._gaps, first)]
         while self._ages and self._ages[0][1] < first:
             self._ages.popleft()
-        if len(self._ages) > 2 * len(self._waiting) + _SLACK:
-            still = set(self._numbers.values())
-            self._ages = deque(entry for entry in self._ages if entry[1] in still)
+        if len(self._gaps) > 2 * len(self._waiting) + _SLACK:
+            self._renumber()
+
+    def _renumber(self) -> None:
+        """Forget those that have left: behind a head that waits for long, many come and go."""
+        self._ripe_end = max(self._before(self._ripe_end), 0)
+        renumbered = {old: new for new, old in enumerate(self._numbers.values())}
+        self._numbers = {task_id: renumbered[old] for task_id, old in self._numbers.items()}
+        self._ages = deque((at, renumbered[old]) for at, old in self._ages if old in renumbered)
+        self._admitted = len(renumbered)
+        self._gaps.clear()
 
 
 class Reservation:
     """A place in a lane, and bytes, until its task is admitted or `release` gives it back."""
 
-    __slots__ = ("_lane", "_queue", "open", "size_bytes")
+    __slots__ = ("_priority", "_queue", "open", "size_bytes")
 
-    def __init__(self, queue: "AdmissionQueue", lane: Lane, size_bytes: int) -> None:
+    def __init__(self, queue: "AdmissionQueue", priority: Priority, size_bytes: int) -> None:
         self._queue = queue
-        self._lane = lane
+        self._priority: Priority = priority
         self.size_bytes = size_bytes
         self.open = True
 
     def resize(self, size_bytes: int) -> None:
         """Take or give back bytes, now that the prompt's real size is known; raises QueueFull."""
-        self._queue.check_bytes(size_bytes - self.size_bytes)
+        self._queue.check_bytes(size_bytes - self.size_bytes, self._priority)
         self._queue.reserved_bytes += size_bytes - self.size_bytes
         self.size_bytes = size_bytes
 
@@ -145,7 +153,7 @@ class Reservation:
         """Give the place back; nothing happens if that was done or the task was admitted."""
         if self.open:
             self.open = False
-            self._lane.reserved -= 1
+            self._queue.lanes[self._priority].reserved -= 1
             self._queue.reserved_bytes -= self.size_bytes
             self._queue.wake()
 
@@ -214,7 +222,7 @@ class AdmissionQueue:
     def _promoted(self) -> int:
         """How many batch tasks, from the head on, have waited long enough to go before interactive ones."""
         after_s = self.limits.batch_promote_s
-        return 0 if after_s is None or not self._batch else self._batch.ripe(self._now() - after_s)
+        return 0 if after_s is None or not self._batch else self._batch.ripe(self._now(), after_s)
 
     def promotes_at(self) -> float | None:
         """When the batch lane's head will have waited long enough; None if it has, or never will."""
@@ -242,7 +250,7 @@ class AdmissionQueue:
         self.check_bytes(size_bytes, priority)
         lane.reserved += 1
         self.reserved_bytes += size_bytes
-        return Reservation(self, lane, size_bytes)
+        return Reservation(self, priority, size_bytes)
 
     def check_bytes(self, more: int, priority: Priority = "interactive") -> None:
         """Raise QueueFull if `more` bytes of prompt do not fit."""

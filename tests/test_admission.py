@@ -1,12 +1,14 @@
-"""The bounded queue: its order, its bounds, its reservations, and those who wait for a change."""
+"""The bounded queue: its two lanes, their order and bounds, reservations, and those who wait for a change."""
 
 import asyncio
+import itertools
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llorch.admission import AdmissionQueue, QueueLimits, Reservation
 from llorch.errors import QueueFull
@@ -16,26 +18,68 @@ from tests.virtualtime import settled, virtual_time
 NUMBERS = iter(range(10**9))
 
 
-def a_task(*, strict: bool = False) -> Task:
+LANES: list[Priority] = ["interactive", "batch"]
+
+
+class Clock:
+    """A time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """It, in seconds."""
+        return self.now
+
+
+STOPPED = Clock()
+
+
+def a_task(*, strict: bool = False, priority: Priority = "interactive", now: Clock = STOPPED) -> Task:
     """A task that waits."""
     determinism = "strict" if strict else "best_effort"
     return Task(
-        str(next(NUMBERS)), TaskRequest(prompt="x", determinism=determinism), prompt="x", max_tokens=1,
-        pool_id="default", now=lambda: 0.0, on_transition=lambda task, previous: None,
+        str(next(NUMBERS)), TaskRequest(prompt="x", determinism=determinism, priority=priority), prompt="x",
+        max_tokens=1, pool_id="default", now=now, on_transition=lambda task, previous: None,
     )  # fmt: skip
 
 
-def a_queue(capacity: int = 3, max_bytes: int = 100) -> AdmissionQueue:
+def a_queue(
+    capacity: int = 3,
+    max_bytes: int = 100,
+    *,
+    batch: int = 256,
+    promote_s: float | None = None,
+    now: Clock = STOPPED,
+) -> AdmissionQueue:
     """An empty one."""
-    limits = QueueLimits(capacity=capacity, max_bytes=max_bytes)
-    return AdmissionQueue(limits, lambda priority, message: QueueFull(message), lambda: 0.0)
+    limits = QueueLimits(
+        capacity=capacity, batch_capacity=batch, max_bytes=max_bytes, batch_promote_s=promote_s
+    )
+    return AdmissionQueue(limits, lambda priority, message: QueueFull(message), now)
 
 
-def admitted(queue: AdmissionQueue, *, size_bytes: int = 1, strict: bool = False) -> Task:
+def admitted(
+    queue: AdmissionQueue,
+    priority: Priority = "interactive",
+    *,
+    size_bytes: int = 1,
+    strict: bool = False,
+    now: Clock = STOPPED,
+) -> Task:
     """A task that waits there."""
-    task = a_task(strict=strict)
-    queue.admit(queue.reserve(size_bytes), task)
+    task = a_task(strict=strict, priority=priority, now=now)
+    queue.admit(queue.reserve(size_bytes, priority), task)
     return task
+
+
+def all_start(queue: AdmissionQueue) -> list[Task]:
+    """Start one head after the other, and say which."""
+    started = []
+    while (head := queue.head) is not None:
+        queue.start(head)
+        started.append(head)
+    return started
 
 
 def counts(queue: AdmissionQueue) -> tuple[int, int, int, int, int]:
@@ -118,13 +162,343 @@ def test_the_position_is_the_count_of_those_ahead(steps: list[int | None]) -> No
         elif step < len(waiting):
             queue.remove(waiting[step])
         assert [queue.position(task) for task in queue] == list(range(len(queue)))
-        assert len(queue.lanes["interactive"]._gaps) <= len(steps)
     for task in list(queue):
         queue.remove(task)
     assert queue.lanes["interactive"]._gaps == []
 
 
+# -- two lanes -------------------------------------------------------------------------------------
+
+
+def test_interactive_work_goes_first() -> None:
+    """Whenever it came; in each lane it is first come, first served."""
+    queue = a_queue()
+    batch = [admitted(queue, "batch"), admitted(queue, "batch")]
+    interactive = [admitted(queue), admitted(queue)]
+    assert [queue.position(task) for task in (*interactive, *batch)] == [0, 1, 2, 3]
+    assert (queue.ahead_of_next("interactive"), queue.ahead_of_next("batch")) == ((2, 0), (4, 0))
+    assert [queue.ahead_of_head(lane) for lane in LANES] == [0, 2]
+    assert queue.oldest() == [interactive[0], batch[0]]
+    assert list(queue) == [*interactive, *batch]
+    assert all_start(queue) == [*interactive, *batch]
+
+
+def test_a_batch_task_that_has_waited_long_goes_next() -> None:
+    """From the very moment on at which it is due: a timer set for it finds it so."""
+    now = Clock()
+    now.now = 0.1
+    queue = a_queue(promote_s=0.3, now=now)
+    batch, interactive = admitted(queue, "batch", now=now), admitted(queue, now=now)
+    due = queue.promotes_at()
+    assert due is not None
+    assert queue.head is interactive
+    now.now = due
+    assert queue.head is batch
+    assert queue.promotes_at() is None
+    assert [queue.position(task) for task in (batch, interactive)] == [0, 1]
+
+
+@given(st.integers(0, 10**6).map(lambda ms: ms / 1000), st.floats(0.01, 1e6))
+@settings(max_examples=50)
+def test_what_is_due_is_promoted(admitted_at: float, promote_s: float) -> None:
+    """However the sum is rounded: there is no moment at which it is neither due later nor promoted."""
+    now = Clock()
+    now.now = admitted_at
+    queue = a_queue(promote_s=promote_s, now=now)
+    batch, _ = admitted(queue, "batch", now=now), admitted(queue, now=now)
+    due = queue.promotes_at()
+    assert due is not None
+    now.now = due
+    assert queue.head is batch
+
+
+def test_old_batch_work_takes_turns_with_interactive_work() -> None:
+    """However much of it has waited long, it shuts nobody out; what is not due yet goes last."""
+    now = Clock()
+    queue = a_queue(capacity=9, promote_s=10, now=now)
+    batch = [admitted(queue, "batch", now=now) for _ in range(3)]
+    now.now = 10
+    batch += [admitted(queue, "batch", now=now) for _ in range(2)]
+    interactive = [admitted(queue, now=now) for _ in range(4)]
+    turns = [batch[0], interactive[0], batch[1], interactive[1], batch[2], interactive[2], interactive[3]]
+    expected = [*turns, *batch[3:]]
+    assert list(queue) == expected
+    assert [queue.position(task) for task in expected] == list(range(9))
+    assert all_start(queue) == expected
+
+
+def test_who_comes_after_a_promoted_one_has_the_next_turn() -> None:
+    """Also one that was not there yet when it had gone before another; without any, batch work goes on."""
+    now = Clock()
+    queue = a_queue(promote_s=10, now=now)
+    batch = [admitted(queue, "batch", now=now) for _ in range(3)]
+    now.now = 10
+    leaves = admitted(queue, now=now)
+    queue.start(batch[0])
+    queue.remove(leaves)
+    assert queue.head is batch[1]
+    late = admitted(queue, now=now)
+    assert all_start(queue) == [late, *batch[1:]]
+    assert queue.head is None
+
+
+def test_where_nothing_is_promoted_batch_work_waits_for_ever() -> None:
+    """None, as in the home profile: no age counts, and no timer is set."""
+    now = Clock()
+    queue = a_queue(capacity=9, promote_s=None, now=now)
+    batch = admitted(queue, "batch", now=now)
+    interactive = [admitted(queue, now=now) for _ in range(3)]
+    now.now = 1e9
+    assert queue.promotes_at() is None
+    assert list(queue) == all_start(queue) == [*interactive, batch]
+
+
+def test_without_interactive_work_nothing_has_to_be_promoted() -> None:
+    """No timer then; nor for a head that has waited long, or for an empty lane."""
+    now = Clock()
+    queue = a_queue(promote_s=10, now=now)
+    admitted(queue, now=now)
+    assert queue.promotes_at() is None
+    interactive = queue.head
+    admitted(queue, "batch", now=now)
+    assert queue.promotes_at() == 10
+    assert interactive is not None
+    queue.remove(interactive)
+    assert queue.promotes_at() is None
+
+
+def test_other_limits_hold_at_once() -> None:
+    """What waits stays; a lane that is over its new bound takes nobody."""
+    now = Clock()
+    queue = a_queue(capacity=3, promote_s=None, now=now)
+    interactive = [admitted(queue, now=now) for _ in range(3)]
+    batch = admitted(queue, "batch", now=now)
+    now.now = 100
+    queue.limits = QueueLimits(capacity=1, batch_capacity=1, max_bytes=100, batch_promote_s=50)
+    assert list(queue) == [batch, *interactive]
+    for lane in LANES:
+        with pytest.raises(QueueFull):
+            queue.reserve(1, lane)
+    queue.limits = QueueLimits(capacity=4, batch_capacity=1, max_bytes=100, batch_promote_s=None)
+    assert queue.head is interactive[0]
+    queue.reserve(1)
+
+
+class Lanes(RuleBasedStateMachine):
+    """The queue beside two plain lists and a turn: whatever happens, all that it says is what those say."""
+
+    @initialize(promote_s=st.sampled_from([None, 0.3, 5.0]))
+    def begin(self, promote_s: float | None) -> None:
+        """An empty queue."""
+        self.now = Clock()
+        self.now.now = 1000.1
+        self.promote_s = promote_s
+        self.queue = a_queue(10**6, 10**9, batch=10**6, promote_s=promote_s, now=self.now)
+        self.waiting: dict[Priority, list[Task]] = {"interactive": [], "batch": []}
+        self.interactive_has_turn = False
+
+    @rule(priority=st.sampled_from(LANES), strict=st.booleans(), count=st.sampled_from([1, 1, 3]))
+    def admit(self, priority: Priority, strict: bool, count: int) -> None:
+        """New tasks, each told how many go before it."""
+        for _ in range(count):
+            ahead, strict_ahead = self.queue.ahead_of_next(priority)
+            task = a_task(strict=strict, priority=priority, now=self.now)
+            self.waiting[priority].append(task)
+            order = self.order()
+            assert ahead == order.index(task)
+            assert strict_ahead <= ahead
+            if all(each.strict == order[0].strict for each in order):
+                assert strict_ahead == ahead * order[0].strict
+            assert self.queue.admit(self.queue.reserve(1, priority), task) == ahead
+
+    @precondition(lambda self: len(self.queue))
+    @rule(pick=st.integers(0, 1000))
+    def leave(self, pick: int) -> None:
+        """Anybody, from anywhere."""
+        task = self.order()[pick % len(self.queue)]
+        assert self.queue.remove(task)
+        assert not self.queue.remove(task)
+        assert self.queue.position(task) is None
+        self.waiting[task.request.priority].remove(task)
+
+    @rule(priority=st.sampled_from(LANES), count=st.integers(1, 200), stay=st.integers(0, 1))
+    def come_and_go(self, priority: Priority, count: int, stay: int) -> None:
+        """Many who leave again behind whoever waits."""
+        tasks = [a_task(priority=priority, now=self.now) for _ in range(count + stay)]
+        for task in tasks:
+            self.queue.admit(self.queue.reserve(1, priority), task)
+        for task in tasks[:count]:
+            self.queue.remove(task)
+        self.waiting[priority] += tasks[count:]
+
+    @precondition(lambda self: len(self.queue))
+    @rule()
+    def start(self) -> None:
+        """The head goes."""
+        head = self.order()[0]
+        self.interactive_has_turn = head in self.waiting["batch"] and bool(self.waiting["interactive"])
+        self.waiting[head.request.priority].remove(head)
+        self.queue.start(head)
+
+    @rule(seconds=st.sampled_from([0.1, 0.2, 1.7, 5.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Some time."""
+        self.now.now += seconds
+
+    @rule()
+    def pass_time_until_the_promotion(self) -> None:
+        """To the very moment that a timer would be set for."""
+        self.now.now = self.queue.promotes_at() or self.now.now
+
+    def order(self) -> list[Task]:
+        """Whom one dispatch after the other would send out if no time passed."""
+        interactive, batch = [*self.waiting["interactive"]], [*self.waiting["batch"]]
+        turn, order = self.interactive_has_turn, list[Task]()
+        while interactive or batch:
+            promoted = batch and self.promote_s is not None and self.due(batch[0]) <= self.now()
+            batch_goes = not interactive or (promoted and not turn)
+            turn = bool(batch_goes and interactive)
+            order.append((batch if batch_goes else interactive).pop(0))
+        return order
+
+    def due(self, task: Task) -> float:
+        """When it has waited long enough."""
+        assert self.promote_s is not None
+        return task.admitted_at + self.promote_s
+
+    @invariant()
+    def all_that_it_says_is_true(self) -> None:
+        """Order, places, counts, and when a place may change by itself."""
+        if not hasattr(self, "queue"):
+            return
+        queue, order = self.queue, self.order()
+        assert list(queue) == order
+        assert queue.head is (order[0] if order else None)
+        assert [queue.position(task) for task in order] == list(range(len(order)))
+        assert (len(queue), queue.strict) == (len(order), sum(task.strict for task in order))
+        assert [queue.depth(lane) for lane in LANES] == [len(self.waiting[lane]) for lane in LANES]
+        heads = [self.waiting[lane][0] for lane in LANES if self.waiting[lane]]
+        assert queue.oldest() == heads
+        assert [queue.ahead_of_head(head.request.priority) for head in heads] == [*map(order.index, heads)]
+        at = None
+        if self.promote_s is not None and len(heads) == 2 and self.due(heads[1]) > self.now():
+            at = self.due(heads[1])
+        assert queue.promotes_at() == at
+
+    @invariant()
+    def it_remembers_no_more_than_it_needs(self) -> None:
+        """Whoever has left is forgotten, soon."""
+        if not hasattr(self, "queue"):
+            return
+        for lane in self.queue.lanes.values():
+            assert len(lane._gaps) <= 2 * len(lane) + 64
+            assert len(lane._ages) <= 3 * len(lane) + 64
+            assert len(lane._numbers) == len(lane)
+
+    def teardown(self) -> None:
+        """All leave in their order."""
+        if hasattr(self, "queue"):
+            assert list(self.queue) == all_start(self.queue)
+            assert (len(self.queue), self.queue.waiting_bytes, self.queue.reserved) == (0, 0, 0)
+
+
+Lanes.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestLanes = Lanes.TestCase
+
+
+def test_two_long_lanes_cost_no_more_than_short_ones() -> None:
+    """Places, heads, removals and starts look at no other task, in whatever order they go."""
+    now = Clock()
+    queue = a_queue(1000, 10_000, batch=1000, promote_s=10, now=now)
+    batch = [admitted(queue, "batch", now=now) for _ in range(1000)]
+    now.now = 10
+    interactive = [admitted(queue, now=now) for _ in range(1000)]
+    for lane in queue.lanes.values():
+        lane._waiting = Unwalkable(lane._waiting)
+    turns = list(itertools.chain.from_iterable(zip(batch, interactive, strict=True)))
+    for started, task in enumerate(turns[:500]):
+        assert queue.head is task
+        assert queue.position(turns[1500]) == 1500 - started
+        queue.start(task)
+    for left in range(0, 1000, 2):
+        assert queue.position(turns[1500]) == 1000 - left
+        assert queue.ahead_of_next("batch")[0] == 1500 - left
+        for task in turns[500 + left : 502 + left]:
+            assert queue.remove(task)
+    assert queue.head is turns[1500]
+
+
 # -- bounds ----------------------------------------------------------------------------------------
+
+
+def test_neither_lane_turns_the_other_away() -> None:
+    """Each has its own bound, whatever waits in the other; the refusal names it."""
+    for first, second in (LANES, LANES[::-1]):
+        queue = a_queue(2, batch=2)
+        for _ in range(2):
+            admitted(queue, first)
+        with pytest.raises(QueueFull):
+            queue.reserve(1, first)
+        for _ in range(2):
+            admitted(queue, second)
+        with pytest.raises(QueueFull):
+            queue.reserve(1, second)
+    with pytest.raises(QueueFull, match=r"2 of 2 batch tasks wait \(queue\.batch_capacity\)"):
+        queue.reserve(1, "batch")
+
+
+def test_both_lanes_share_the_bytes() -> None:
+    """A prompt of either takes from the one bound, reserved ones and resized ones too."""
+    said: list[Priority] = []
+
+    def refuse(priority: Priority, message: str) -> QueueFull:
+        said.append(priority)
+        return QueueFull(message)
+
+    queue = AdmissionQueue(QueueLimits(capacity=9, max_bytes=100), refuse, STOPPED)
+    admitted(queue, size_bytes=40)
+    admitted(queue, "batch", size_bytes=30)
+    place = queue.reserve(20, "batch")
+    for lane in LANES:
+        with pytest.raises(QueueFull, match="90 of 100 bytes"):
+            queue.reserve(11, lane)
+    with pytest.raises(QueueFull):
+        place.resize(31)
+    assert said == ["interactive", "batch", "batch"], "the backoff is that of the other lane"
+    place.resize(30)
+    assert counts(queue) == (2, 70, 0, 1, 30)
+
+
+@given(
+    capacity=st.integers(1, 4),
+    batch=st.integers(1, 4),
+    free_slots=st.integers(0, 4),
+    order=st.lists(st.sampled_from(LANES), max_size=25),
+)
+@settings(deadline=None, max_examples=200)
+def test_both_lanes_count_on_the_same_slots(
+    capacity: int, batch: int, free_slots: int, order: list[Priority]
+) -> None:
+    """S free slots, N and M places: each lane gets its own, and never more than S + N + M are given."""
+    queue = a_queue(capacity, batch=batch)
+    given = dict.fromkeys(LANES, 0)
+    for lane in [*order, *LANES * 20]:
+        try:
+            queue.reserve(1, lane, free_slots)
+        except QueueFull:
+            assert given[lane] >= queue.capacity(lane), "refused though its own lane has room"
+        else:
+            given[lane] += 1
+    for lane in LANES:
+        assert queue.capacity(lane) <= given[lane] <= queue.capacity(lane) + free_slots
+    assert sum(given.values()) <= free_slots + capacity + batch
+    alone = a_queue(capacity, batch=batch)
+    for lane in LANES:
+        places = [alone.reserve(1, lane, free_slots) for _ in range(alone.capacity(lane) + free_slots)]
+        with pytest.raises(QueueFull):
+            alone.reserve(1, lane, free_slots)
+        for place in places:
+            place.release()
 
 
 @given(capacity=st.integers(1, 5), free_slots=st.integers(0, 5))

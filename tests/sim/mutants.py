@@ -177,7 +177,7 @@ def stopping_pool_admits(self: Pool) -> None:
 
 @plant(Reservation, "release")
 def place_is_given_back_twice(self: Reservation) -> None:
-    self._lane.reserved -= 1
+    self._queue.lanes[self._priority].reserved -= 1
     self._queue.reserved_bytes -= self.size_bytes
 
 
