@@ -22,6 +22,14 @@ class Made(msgspec.Struct, frozen=True):
             return cls(None, None, None)
         return cls(props.engine_version, props.model, model_digest)
 
+    def or_else(self, before: "Made") -> "Made":
+        """This, and what was known `before` where nothing is known now."""
+        return Made(
+            self.engine_version or before.engine_version,
+            self.model or before.model,
+            self.model_digest or before.model_digest,
+        )
+
 
 def disagreement(made: Made, with_pool: Made) -> str | None:
     """Why one that is `made` so can't work beside those of the pool; None if it can."""

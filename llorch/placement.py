@@ -13,12 +13,14 @@ from llorch.selftest import Determinism
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A replica as it stands: `active` slots are those at work or still draining.
 
-    `devices` are the GPUs that its engine computes on, and `free_vram_bytes` is what those have free, None
+    `ready`: it works, in its pool's judgement; `open`: a task may be sent this moment, as none has it for itself
+    and nothing has just broken. `devices` are the GPUs that its engine computes on, and `free_vram_bytes` is what those have free, None
     where nothing is known of them.
     """
 
     replica_id: str
     ready: bool
+    open: bool = True
     slots: int
     active: int
     determinism: Determinism = "unknown"
@@ -47,12 +49,11 @@ def choose(candidates: Sequence[Candidate], *, strict: bool) -> Decision:
     most free VRAM, then the one with the fewest active slots, then the first by name.
     """
     ready = [candidate for candidate in candidates if candidate.ready]
+    fit = [candidate for candidate in ready if candidate.open and candidate.active < candidate.slots]
     if strict:
         verified = any(candidate.determinism == "verified" for candidate in ready)
         wanted = "verified" if verified else "unknown"
-        fit = [candidate for candidate in ready if not candidate.active and candidate.determinism == wanted]
-    else:
-        fit = [candidate for candidate in ready if candidate.active < candidate.slots]
+        fit = [candidate for candidate in fit if not candidate.active and candidate.determinism == wanted]
     if not fit:
         what = "no verified replica is idle" if strict else "no ready replica has a free slot"
         return Decision(replica_id=None, reason=what, considered=0)

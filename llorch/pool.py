@@ -170,18 +170,22 @@ class Pool:
         Asks the engine only where bytes alone don't settle it. Raises ContextOverflow, QueueFull,
         BodyTooLarge, InvalidParams, PoolUnready, PoolUnavailable.
         """
-        replica = self.replicas.least_busy()
-        try:
-            prompt = request.prompt
-            if prompt is None:
-                prompt = await replica.engine.render(request.messages)
-                size_bytes = len(prompt.encode())
-                self._check_size(size_bytes)
-                reservation.resize(size_bytes)
-            size_bytes, asked = reservation.size_bytes, request.max_tokens
-            return prompt, await self._max_tokens(replica.engine, prompt, size_bytes, asked)
-        except EngineFailure as failure:
-            self._refuse_for(replica, failure)
+        while True:
+            replica = self.replicas.least_busy()
+            try:
+                return await self._fit(replica.engine, request, reservation)
+            except EngineFailure as failure:
+                if replica in self.replicas:  # else it was let go while it was asked: another will know
+                    self._refuse_for(replica, failure)
+
+    async def _fit(self, engine: Engine, request: TaskRequest, reservation: Reservation) -> tuple[str, int]:
+        prompt = request.prompt
+        if prompt is None:
+            prompt = await engine.render(request.messages)
+            size_bytes = len(prompt.encode())
+            self._check_size(size_bytes)
+            reservation.resize(size_bytes)
+        return prompt, await self._max_tokens(engine, prompt, reservation.size_bytes, request.max_tokens)
 
     async def _max_tokens(self, engine: Engine, prompt: str, size_bytes: int, asked: int | None) -> int:
         ctx = self.ctx
@@ -342,7 +346,8 @@ class Pool:
 
     def _drain_is_due(self) -> None:
         self._drain_timer = None
-        message, left = f"pool {self.pool_id} was drained", [*self.queue, *self._running.values()]
+        left = [*reversed(list(self.queue)), *self._running.values()]  # from its end: so nothing starts
+        message = f"pool {self.pool_id} was drained"
         said = f"{message}: {len(left)} tasks had not ended"
         log.info(said, extra={"event": "drained", "pool_id": self.pool_id, **self.log_fields()})
         for task in left:
@@ -375,10 +380,10 @@ class Pool:
         limit_s = self.settings.max_wait_s
         message = f"waited {limit_s:g} s for a free slot"
         while late := [head for head in self.queue.oldest() if head.now() >= head.admitted_at + limit_s]:
-            for head in late:
-                retry_after_ms = self._queue_full(head.request.priority, "").retry_after_ms
-                if not head.fail(Error("QUEUE_TIMEOUT", True, retry_after_ms, message)):
-                    return  # whoever ended it takes it out
+            head = late[0]  # one at a time: once it is out, the other may go after all
+            retry_after_ms = self._queue_full(head.request.priority, "").retry_after_ms
+            if not head.fail(Error("QUEUE_TIMEOUT", True, retry_after_ms, message)):
+                return  # whoever ended it takes it out
 
     def stop(self) -> None:
         """Stop dispatch and admission; fail what waits, at once."""

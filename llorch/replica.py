@@ -301,7 +301,7 @@ class Replica:
                 self._digest_task.cancel()
                 self._digest_task = None
             self._may_have_restarted()
-        if self.model_digest is None or not self.ready:
+        if self.model_digest is None or not self.able:
             self._start_reading_digest(props.model_path)
         self.props = props
 

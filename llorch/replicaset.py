@@ -6,7 +6,7 @@ The one rule: the ones that work have one engine version and one model; a replic
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 
-from llorch.agreement import disagreement
+from llorch.agreement import Made, disagreement
 from llorch.engine import Props
 from llorch.estimate import Busy
 from llorch.health import ReplicaHealth, SlotCounts
@@ -36,6 +36,7 @@ class ReplicaSet:
         self._replicas: list[Replica] = []
         self._retiring: set[Replica] = set()
         self._anchor: Replica | None = None
+        self._made = Made(None, None, None)  # what the ones that work are made with
         self._on_change = on_change
         self._on_readiness = on_readiness
         self._said: dict[Replica, tuple[bool, str, str | None]] = {}
@@ -157,7 +158,8 @@ class ReplicaSet:
         return [
             Candidate(
                 replica_id=replica.replica_id,
-                ready=replica.open,
+                ready=replica.ready,
+                open=replica.open,
                 slots=replica.slots,
                 active=len(replica.leases),
                 determinism=replica.determinism,
@@ -196,8 +198,9 @@ class ReplicaSet:
         for replica in added:
             replica.on_change = self._changed
             self._look_after(replica)
-            if replica.able:
-                self._agree()
+        self._agree()
+        for replica in added:
+            if replica.health is not Health.UNKNOWN:  # it was probed before it came
                 self._say(replica)
 
     def _changed(self, replica: Replica) -> None:
@@ -213,17 +216,17 @@ class ReplicaSet:
             self._on_readiness(replica)
 
     def _agree(self) -> None:
-        """Hold all against the one that was ready first; only when nobody who agrees with it can work does
-        the next one count."""
+        """Hold all against what the one that was ready first is made with; only when nobody who agrees with
+        that can work does the next one count. It is kept out itself if it becomes another than it was."""
         able = [replica for replica in self if replica.able]
-        if self._anchor not in able:
-            agreed = [replica for replica in able if replica.excluded is None]
-            if not able:
-                return
+        if not able:
+            return
+        agreed = [replica for replica in able if disagreement(replica.made, self._made) is None]
+        if self._anchor not in agreed:
             self._anchor = (agreed or able)[0]
-        assert self._anchor is not None
+        self._made = self._anchor.made.or_else(self._made) if agreed else self._anchor.made
         for replica in self:
-            reason = None if replica is self._anchor else disagreement(replica.made, self._anchor.made)
+            reason = disagreement(replica.made, self._made)
             if reason != replica.excluded:
                 replica.exclude(reason)
                 self._say(replica)

@@ -69,8 +69,7 @@ class GpuSampler:
     @property
     def reading(self) -> GpuReading:
         """The last snapshot; it says so if NVML has not answered since."""
-        last, asked_at = self._last, self._asked_at
-        silent_s = 0.0 if asked_at is None else self._now() - asked_at
+        last, silent_s = self._last, self._silent_s()
         if silent_s < SILENCE_S:
             return last
         fault = (
@@ -78,10 +77,15 @@ class GpuSampler:
         )
         return msgspec.structs.replace(last, fault=fault)
 
+    def _silent_s(self) -> float:
+        """For how long NVML has kept a question waiting."""
+        asked_at = self._asked_at
+        return 0.0 if asked_at is None else self._now() - asked_at
+
     def free_vram(self, devices: tuple[int, ...]) -> int | None:
         """Bytes free on those GPUs together; None if none is named, or not all are known now."""
-        gpus = [gpu for gpu in self.reading.gpus if gpu.index in devices]
-        if not gpus or len(gpus) < len(devices):
+        gpus = [gpu for gpu in self._last.gpus if gpu.index in devices]
+        if not gpus or len(gpus) < len(devices) or self._silent_s() >= SILENCE_S:
             return None
         return sum(gpu.vram_total_bytes - gpu.vram_used_bytes for gpu in gpus)
 

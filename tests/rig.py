@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from llorch.admission import QueueLimits
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.plan import PoolSettings
 from llorch.pool import Pool
-from llorch.replica import Replica
+from llorch.replica import Replica, SelfTest
+from llorch.replicaset import FreeVram
 from llorch.task import Sampling, State, Task, TaskRequest
 from tests.memory_engine import Call, MemoryEngine
 from tests.virtualtime import settled
@@ -75,19 +76,27 @@ def text(task: Task) -> str:
 
 
 class Rig:
-    """What `rig()` built; `moves` are all transitions, `readiness` what the pool said of its replica."""
+    """What `rig()` built; `moves` are all transitions, `readiness` what the pool said of its replicas.
 
-    def __init__(self, engine: MemoryEngine, settings: dict[str, Any], **options: Any) -> None:
-        self.engine = engine
+    `engine`, `replica`: the first.
+    """
+
+    def __init__(
+        self, engines: Sequence[MemoryEngine], settings: dict[str, Any], free_vram: FreeVram, **options: Any
+    ) -> None:
+        self.engine = engines[0]
+        self.engines: list[MemoryEngine] = []
+        self._options = options
         self.readiness: list[tuple[bool, str | None]] = []
         self.moves: list[tuple[Task, State]] = []
         limits = _replace(POOL.queue, settings)
         self.pool = Pool(
             "default",
-            engine.name,
+            self.engine.name,
             msgspec.structs.replace(_replace(POOL, settings), queue=limits),
-            [Replica("default-0", engine, chance=random.Random(0), **options)],
+            [self.build(f"default-{number}", engine) for number, engine in enumerate(engines)],
             on_readiness=self._readiness,
+            free_vram=free_vram,
             chance=random.Random(0),
         )
         self.orchestrator = Orchestrator([self.pool], _replace(STREAM, settings), tickets=False)
@@ -95,6 +104,11 @@ class Rig:
         self.orchestrator.listeners.append(lambda _, task, __: self.moves.append((task, task.state)))
         self.replica = self.pool.replicas[0]
         self.queue = self.pool.queue
+
+    def build(self, replica_id: str, engine: MemoryEngine, **options: Any) -> Replica:
+        """A replica like the others, for an engine that has to be closed at the end."""
+        self.engines.append(engine)
+        return Replica(replica_id, engine, chance=random.Random(0), **self._options | options)
 
     def _readiness(self, _: Pool, replica: Replica) -> None:
         self.readiness.append((replica.ready, replica.stuck or replica.last_error))
@@ -138,15 +152,25 @@ async def rig(
     *,
     slots: int = 1,
     engine: MemoryEngine | None = None,
+    engines: Sequence[MemoryEngine] = (),
     configured: int | None = None,
     drain_s: float = 60.0,
+    self_test: SelfTest | None = None,
+    free_vram: FreeVram = lambda devices: None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
     """A rig whose engine has `slots`, probed and ready unless the engine is not; all is closed afterwards.
 
-    Further arguments are fields of PoolSettings and StreamSettings.
+    With `engines` there is a replica for each, `default-0`, `default-1` … Further arguments are fields of PoolSettings and StreamSettings.
     """
-    built = Rig(engine or MemoryEngine(slots=slots), settings, slots=configured, drain_s=drain_s)
+    built = Rig(
+        engines or [engine or MemoryEngine(slots=slots)],
+        settings,
+        free_vram,
+        slots=configured,
+        drain_s=drain_s,
+        self_test=self_test,
+    )
     work = asyncio.create_task(built.orchestrator.run(), name="orchestrator")
     await settled()
     try:
@@ -158,6 +182,6 @@ async def rig(
         await asyncio.wait({work})
     assert work.cancelled(), f"the orchestrator failed: {work.exception()!r}"
     assert all(task.state.final for task, _ in built.moves), "a task has not ended"
-    assert built.engine.closed, "the engine was not closed"
-    assert not built.engine.open, "a connection to the engine is open"
+    assert all(engine.closed for engine in built.engines), "an engine was not closed"
+    assert not any(engine.open for engine in built.engines), "a connection to an engine is open"
     assert (len(built.queue), built.queue.reserved, built.queue.reserved_bytes) == (0, 0, 0)

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import aiohttp
 import pynvml
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llorch.telemetry import GpuReading, GpuSampler, GpuUsage
 from tests import child
@@ -28,6 +30,7 @@ class BusyNvml(FakeNvml):
     def __init__(self, *names: str | bytes, init: int | None = None) -> None:
         super().__init__(*names, init=init)
         self.faults: dict[tuple[str, int | None], Exception] = {}
+        self.memory: dict[int, SimpleNamespace] = {}
         self.inits = 0
         self.samples = 0
         self.asked = threading.Event()
@@ -63,9 +66,9 @@ class BusyNvml(FakeNvml):
         return super().nvmlDeviceGetCount()
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
-        """A quarter is in use."""
+        """A quarter is in use, unless `memory` says otherwise."""
         self._fault("nvmlDeviceGetMemoryInfo", handle)
-        return SimpleNamespace(total=24 * 2**30, used=6 * 2**30)
+        return self.memory.get(handle, SimpleNamespace(total=24 * 2**30, used=6 * 2**30))
 
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:
         """Device n does 90 + n percent."""
@@ -234,6 +237,43 @@ def test_a_driver_that_hangs_delays_nobody_and_is_said() -> None:
     nvml.gate.set()
     thread.join(PATIENCE_S)
     assert sampler.reading.fault is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**36), st.integers(0, 2**36)), max_size=5),
+    st.lists(st.integers(0, 6), unique=True, max_size=4),
+    st.sets(st.integers(0, 4)),
+)
+@settings(deadline=None, max_examples=60)
+def test_free_memory_is_that_of_the_devices_named(
+    memory: list[tuple[int, int]], devices: list[int], lost: set[int]
+) -> None:
+    """The sum over them and no others; not known where none is named, or one of them can't be read."""
+    nvml = BusyNvml(*(f"RTX {index}" for index in range(len(memory))))
+    for index in lost:
+        nvml.fail("nvmlDeviceGetMemoryInfo", LOST, device=index)
+    nvml.memory = {
+        index: SimpleNamespace(total=free + used, used=used) for index, (free, used) in enumerate(memory)
+    }
+    sampler = GpuSampler(nvml, required=False)
+    assert sampler.free_vram(tuple(devices)) is None, "nothing was read yet"
+    sampler.sample()
+    known = bool(devices) and all(index < len(memory) and index not in lost for index in devices)
+    expected = sum(memory[index][0] for index in devices) if known else None
+    assert sampler.free_vram(tuple(devices)) == expected
+
+
+def test_free_memory_of_long_ago_is_not_known() -> None:
+    """While NVML hangs its last figures count for nothing: what they would prefer may be full by now."""
+    nvml, clock = BusyNvml("RTX 0"), [100.0]
+    sampler = GpuSampler(nvml, required=True, now=lambda: clock[0])
+    sampler.sample()
+    assert sampler.free_vram((0,)) == 18 * 2**30
+    sampler._asked_at = clock[0]
+    clock[0] += 4.9
+    assert sampler.free_vram((0,)) == 18 * 2**30
+    clock[0] += 0.1
+    assert sampler.free_vram((0,)) is None
 
 
 async def test_a_process_starts_serves_and_stops_while_nvml_hangs(fake_engine: FakeLlamaServer) -> None:
