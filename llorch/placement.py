@@ -13,9 +13,9 @@ from llorch.selftest import Determinism
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A replica as it stands: `active` slots are those at work or still draining.
 
-    `ready`: it works, in its pool's judgement; `open`: a task may be sent this moment, as none has it for itself
-    and nothing has just broken. `devices` are the GPUs that its engine computes on, and `free_vram_bytes` is what those have free, None
-    where nothing is known of them.
+    `ready`: it works, and its pool does not keep it out; `open`: a task may be sent this moment, as none has
+    it for itself and nothing has just broken. `devices` are the GPUs that its engine computes on, and
+    `free_vram_bytes` is what those have free, None where nothing is known of them.
     """
 
     replica_id: str

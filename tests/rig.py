@@ -161,7 +161,8 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     """A rig whose engine has `slots`, probed and ready unless the engine is not; all is closed afterwards.
 
-    With `engines` there is a replica for each, `default-0`, `default-1` … Further arguments are fields of PoolSettings and StreamSettings.
+    With `engines` there is a replica for each: `default-0`, `default-1` and so on. Further arguments are
+    fields of PoolSettings and StreamSettings.
     """
     built = Rig(
         engines or [engine or MemoryEngine(slots=slots)],

@@ -65,7 +65,7 @@ def test_only_one_that_may_take_it_is_chosen(everyone: list[Candidate], strict: 
 @given(candidates(), st.booleans())
 @settings(max_examples=400, deadline=None)
 def test_the_best_by_free_memory_load_and_name_is_chosen(everyone: list[Candidate], strict: bool) -> None:
-    """Nobody else has more free VRAM; of those with as much, fewer active slots; of those, an earlier name."""
+    """Most free VRAM; of those with as much the fewest active slots; of those the first name."""
     decision = choose(everyone, strict=strict)
     if decision.replica_id is None:
         return
