@@ -9,7 +9,7 @@ from llorch import control, errors, wire
 from llorch.capabilities import Capabilities, Features, PoolCapabilities
 from llorch.errors import LlorchError
 from llorch.events import Error
-from llorch.health import LaneCounts, PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
+from llorch.health import DrainState, LaneCounts, PoolHealth, QueueCounts, ReplicaHealth, SlotCounts
 from llorch.reload import Reloaded
 from llorch.status import GpuView, Percentiles, Status, Totals
 
@@ -60,6 +60,41 @@ HEALTH = PoolHealth(
     sampler_profile_version="1",
     accelerator="NVIDIA GeForce RTX 4090 (24564 MiB); driver 575.64",
 )
+TWO_REPLICAS = msgspec.structs.replace(
+    HEALTH,
+    pool_id="big",
+    slots=SlotCounts(total=4, busy=4, draining=0),
+    queue=QueueCounts(
+        depth=33,
+        capacity=64,
+        bytes=51_200,
+        interactive=LaneCounts(depth=1, capacity=64),
+        batch=LaneCounts(depth=32, capacity=256),
+    ),
+    replicas=[
+        ReplicaHealth(
+            replica_id="gpu0",
+            ready=True,
+            slots=4,
+            busy=4,
+            draining=0,
+            determinism="verified",
+            devices=(0,),
+        ),
+        ReplicaHealth(
+            replica_id="gpu1",
+            ready=False,
+            slots=4,
+            busy=0,
+            draining=0,
+            determinism="unknown",
+            devices=(1,),
+            last_error="it runs engine b11210-77f3c40, the pool b11434-5c8a1b2",
+        ),
+    ],
+    last_error="gpu1: it runs engine b11210-77f3c40, the pool b11434-5c8a1b2",
+)
+DRAINED = msgspec.structs.replace(HEALTH, ready=False, drain=DrainState(deadline_ms=28_500))
 CAPABILITIES = Capabilities(
     pools=[
         PoolCapabilities(
@@ -145,6 +180,7 @@ TASKS = {
         "stop": ["\n"],
         "metadata": {"project": "haiku"},
     },
+    "batch": {"prompt": "Summarize: …", "priority": "batch", "pool_id": "big"},
     "json": {
         "prompt": "A person, as JSON: ",
         "json_schema": {"type": "object", "properties": {"name": {"type": "string"}}},

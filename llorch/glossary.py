@@ -118,8 +118,6 @@ FIELDS = {
     "Metrics.predicted_start_ms": "Milliseconds from now until it starts; null once started, or unknown.",
     "Metrics.queue_position": "How many waiting tasks are ahead now; null once started.",
     "PoolCapabilities.max_tokens": "The most tokens that a task may ask for.",
-    "PoolHealth.determinism": "Whether seeds can be relied on, as the self-test found.",
-    "PoolHealth.slots": "The slots of the pool.",
     "Refusal.steps": "What a reload had done before it failed; the last step is the one that failed.",
     "ReloadBody.replicas": "The engines that the pool is to have; left out: what the configuration says now.",
     "ReloadStep.fault": "Why it failed.",

@@ -259,10 +259,20 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         id="getPoolHealth",
         tag="pools",
         summary="How a pool is",
-        description="Its engine and model, slots and queue; and why, if something is wrong.",
+        description="Its engine and model, slots, the two lanes of its queue, every replica; and why, if "
+        "something is wrong. A replica that has another engine version or another model than those that were "
+        "ready before it is kept out, and says so in its `last_error`.",
         parameters=(_POOL_ID,),
         answers={
-            200: Answer(description="As it is now.", body=PoolHealth, examples={"ready": examples.HEALTH})
+            200: Answer(
+                description="As it is now.",
+                body=PoolHealth,
+                examples={
+                    "ready": examples.HEALTH,
+                    "one of two replicas kept out": examples.TWO_REPLICAS,
+                    "drained": examples.DRAINED,
+                },
+            )
         },
         refusals=(errors.UnknownPool,),
     ),

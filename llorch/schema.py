@@ -35,7 +35,7 @@ class Auth(Section, frozen=True):
 
 
 class Adapter(Section, frozen=True):
-    """The one engine of a pool named "default", for who needs no `[pools]`; at most one of the two keys."""
+    """The one engine of the pool "default", where there are no `[pools]`; `api_key` or its file, not both."""
 
     engine: Literal["llamacpp"] = "llamacpp"
     endpoint: str = "http://127.0.0.1:8081"

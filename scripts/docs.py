@@ -15,10 +15,13 @@ from typing import Any
 import msgspec
 
 from llorch.config import env_name
-from llorch.schema import Config, Section
+from llorch.schema import Config, PoolTable, ReplicaTable, Section
 from llorch.task import TRANSITIONS, State
 
 ROOT = Path(__file__).parent.parent
+POOL, REPLICA = "pools.NAME", "pools.NAME.replicas"
+NEEDED = {f"{REPLICA}.endpoint"}  # its default would be refused
+BY_COMMAS = "in the environment with commas between"
 STEPS = {  # the method of Task that leads into each state
     State.RUNNING: "start",
     State.COMPLETED: "complete",
@@ -36,9 +39,20 @@ def configuration() -> str:
         if isinstance(hint, type) and issubclass(hint, Section):
             rows = [_row(f"{key}.{name}", kind, default, words) for name, kind, default in _keys(hint)]
             parts.append(f"## `[{key}]`\n\n{_about(hint)}\n\n{_table(rows)}")
+        elif key == "pools":
+            parts += [_of_many(f"[{POOL}]", POOL, PoolTable, words)]
+            parts += [_of_many(f"[[{REPLICA}]]", REPLICA, ReplicaTable, words)]
         else:
             top.append(_row(key, hint, getattr(Config(), key), words))
     return "\n\n".join(["## At the top of the file\n\n" + _table(top), *parts])
+
+
+def _of_many(heading: str, at: str, section: type[Section], words: dict[str, str]) -> str:
+    """A table that may stand in the file more than once, under a name of the user's own."""
+    keys = [row for row in _keys(section) if f"{at}.{row[0]}" != REPLICA]
+    own = {f"{at}.{name}": words.get(f"{at}.{name}") or words[f"adapter.{name}"] for name, _, _ in keys}
+    rows = [_row(f"{at}.{name}", kind, default, own) for name, kind, default in keys]
+    return f"## `{heading}`\n\n{_about(section)}\n\n{_table(rows)}"
 
 
 def states() -> str:
@@ -75,10 +89,10 @@ def _words() -> dict[str, str]:
     """What config.example.toml says beside each key."""
     table, found = "", {}
     for line in (ROOT / "config.example.toml").read_text("utf-8").splitlines():
-        if heading := re.fullmatch(r"\[(\w+)\].*", line):
-            table = f"{heading[1]}."
-        elif key := re.fullmatch(r"(\w+) = .*?  # (.*)", line):
-            found[table + key[1]] = key[2]
+        if heading := re.fullmatch(r"(?:# )?\[+(\w+)(?:\.\w+)?(\.replicas)?\]+.*", line):
+            table = f"{POOL if heading[1] == 'pools' else heading[1]}{heading[2] or ''}."
+        elif key := re.fullmatch(r"(?:# )?(\w+) = .*?  # (.*)", line):
+            found.setdefault(table + key[1], key[2])
     return found
 
 
@@ -95,7 +109,11 @@ def _row(key: str, hint: Any, default: Any, words: dict[str, str]) -> str:
     kind, allowed = _kind(hint)
     shown = msgspec.json.encode(default).decode()
     assert tomllib.loads(f"x = {shown}")  # JSON and TOML agree on all that is used here
-    return f"| `{key}` | {kind} | `{shown}` | {allowed} | `{env_name(key)}` | {words[key]} |"
+    shown = "none, it is needed" if key in NEEDED else f"`{shown}`"
+    variable = f"`{env_name(key)}`"
+    if key.startswith("pools."):
+        variable, allowed = "none", allowed.removesuffix(BY_COMMAS).removesuffix("; ")
+    return f"| `{key}` | {kind} | {shown} | {allowed} | {variable} | {words[key]} |"
 
 
 def _kind(hint: Any) -> tuple[str, str]:
@@ -117,8 +135,9 @@ def _of(info: Any) -> tuple[str, str]:
             return "number", f"over {low:g}, up to {high:,}"
         case msgspec.inspect.BoolType():
             return "boolean", "`true` or `false`"
-        case msgspec.inspect.VarTupleType():
-            return "list of strings", "in the environment with commas between"
+        case msgspec.inspect.VarTupleType(item_type=item):
+            kind, allowed = _of(item)
+            return f"list of {kind}s", f"each {allowed}; {BY_COMMAS}" if allowed else BY_COMMAS
         case msgspec.inspect.StrType():
             return "string", ""
     raise TypeError(f"no words for {info}")

@@ -195,7 +195,13 @@ async def test_slots_and_capacity_are_admitted_and_no_more(
         listed = (await live.get("/v1/tasks")).body["tasks"]
         assert {task["task_id"] for task in listed} == set(admitted)
         queue = (await live.health())["queue"]
-        assert queue == {"depth": capacity, "capacity": capacity, "bytes": capacity * len("hello")}
+        assert queue == {
+            "depth": capacity,
+            "capacity": capacity,
+            "bytes": capacity * len("hello"),
+            "interactive": {"depth": capacity, "capacity": capacity},
+            "batch": {"depth": 0, "capacity": 256},
+        }
         await live.cancel({"cancel_url": f"/v1/tasks/{admitted[-1]}/cancel"})
         assert (await live.post()).status == 202
         assert (await live.post()).status == 429

@@ -155,8 +155,23 @@ async def test_health_of_the_pool(fake_engine: FakeLlamaServer) -> None:
             "model": "fake-1b.gguf",
             "ctx": 4096,
             "slots": {"total": 2, "busy": 2, "draining": 0},
-            "queue": {"depth": 1, "capacity": 5, "bytes": 4},
-            "replicas": [{"replica_id": "default-0", "ready": True, "slots": 2}],
+            "queue": {
+                "depth": 1,
+                "capacity": 5,
+                "bytes": 4,
+                "interactive": {"depth": 1, "capacity": 5},
+                "batch": {"depth": 0, "capacity": 256},
+            },
+            "replicas": [
+                {
+                    "replica_id": "default-0",
+                    "ready": True,
+                    "slots": 2,
+                    "busy": 2,
+                    "draining": 0,
+                    "determinism": "unknown",
+                }
+            ],
             "determinism": "unknown",
             "sampler_profile_version": "1",
             "accelerator": "test",

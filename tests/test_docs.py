@@ -11,7 +11,8 @@ import pytest
 from llorch import __version__, api, engine, errors
 from llorch.arguments import URL_VARIABLE
 from llorch.cli import CONFIG_VARIABLE
-from llorch.config import defaults, env_name
+from llorch.config import defaults, env_name, load
+from llorch.schema import pools_in_force
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -44,6 +45,16 @@ def test_the_example_is_the_built_in_defaults() -> None:
 def test_the_example_is_what_init_writes() -> None:
     """One text, not two that drift apart."""
     assert (ROOT / "llorch/config.template.toml").read_text("utf-8") == EXAMPLE
+
+
+def test_the_pools_of_the_example_are_good_once_uncommented(tmp_path: Path) -> None:
+    """Taking out the # is all that has to be done: two replicas, and the shorthand beside them is no fault."""
+    start, _, rest = EXAMPLE.partition("[pools]")
+    commented, _, end = rest.partition("\n[queue]")
+    file = tmp_path / "config.toml"
+    file.write_text(start + "[pools]" + commented.replace("\n# ", "\n") + "\n[queue]" + end)
+    [(name, pool)] = pools_in_force(load(file)).items()
+    assert (name, pool.default, [replica.id for replica in pool.replicas]) == ("big", True, ["gpu0", "gpu1"])
 
 
 @pytest.mark.parametrize("key", KEYS)

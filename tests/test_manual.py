@@ -31,6 +31,7 @@ import pytest
 
 from llorch import errors, journal
 from llorch.config import defaults, env_name
+from llorch.schema import PoolTable, ReplicaTable
 from llorch.task import State, Task
 from tests.fakes import PATIENCE_S, Connection, FakeLlamaServer
 from tests.live import TOKEN, Live, names
@@ -40,6 +41,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FENCE = re.compile(r"^```(?P<language>\w+)?(?P<marks>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+KEYS_OF_POOLS = [f"pools.NAME.{key}" for key in PoolTable.__struct_fields__ if key != "replicas"]
+KEYS_OF_POOLS += [f"pools.NAME.replicas.{key}" for key in ReplicaTable.__struct_fields__]
 RUNNERS = {"sh": "bash -euo pipefail", "python": sys.executable, "js": "node"}
 
 
@@ -393,6 +396,18 @@ def test_every_key_has_its_row(key: str) -> None:
     cells = [cell.strip() for cell in rows[0].strip("|").split(" | ")]
     assert cells[2] == f"`{json.dumps(list(default) if isinstance(default, tuple) else default)}`"
     assert cells[4] == f"`{env_name(key)}`"
+    assert len(cells[5]) > 8
+
+
+@pytest.mark.parametrize("key", KEYS_OF_POOLS)
+def test_every_key_of_a_pool_has_its_row(key: str) -> None:
+    """With its type and words, and no variable: the environment can't say which pool is meant."""
+    text = (DOCS / "configuration.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if f"| `{key}` |" in line]
+    assert len(rows) == 1
+    cells = [cell.strip() for cell in rows[0].strip("|").split(" | ")]
+    assert cells[1]
+    assert cells[4] == "none"
     assert len(cells[5]) > 8
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from llorch import config, server
+from llorch import config, schema, server
 from tests.fakes import PATIENCE_S, FakeLlamaServer
 
 ROOT = Path(__file__).parent.parent
@@ -331,7 +331,7 @@ def test_only_what_a_person_mends_is_not_restarted() -> None:
     unit = settings("llorch.service")
     assert (unit["Restart"], unit["RestartPreventExitStatus"]) == (["on-failure"], ["78"])
     assert unit["StartLimitIntervalSec"] == ["0"]
-    assert float(unit["TimeoutStopSec"][0]) > config.Shutdown().grace_s + 1
+    assert float(unit["TimeoutStopSec"][0]) > schema.Shutdown().grace_s + 1
 
 
 def test_the_engine_is_started_so_that_seeds_can_hold() -> None:
@@ -352,7 +352,7 @@ def test_the_engine_is_started_so_that_seeds_can_hold() -> None:
     assert set(re.findall(r"(?m)^([A-Z_]+)=", example)) == variables
     port = re.search(r"(?m)^PORT=(\d+)$", example)
     assert port is not None
-    assert config.Adapter().endpoint.endswith(f":{port[1]}")
+    assert schema.Adapter().endpoint.endswith(f":{port[1]}")
 
 
 # -- the service itself ----------------------------------------------------------------------------

@@ -212,6 +212,9 @@ async def test_telemetry_runs_as_long_as_the_server(
             calls.append(f"required={required}")
             self.reading = GpuReading("570", (), "no such luck")
 
+        def free_vram(self, devices: tuple[int, ...]) -> None:
+            """Nothing is known."""
+
         def start(self) -> None:
             calls.append("start")
 

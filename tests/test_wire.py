@@ -289,8 +289,8 @@ def test_strict_needs_a_seed() -> None:
     assert refusal(determinism="strict") == "$.determinism: strict needs a seed"
 
 
-def test_the_priority_is_the_lane() -> None:
-    """Interactive unless told otherwise."""
+def test_a_task_names_its_lane() -> None:
+    """Interactive if it does not."""
     assert asked(priority="batch").priority == "batch"
     assert asked(priority="interactive").priority == asked().priority == "interactive"
 
