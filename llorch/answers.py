@@ -46,6 +46,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     tokens_out: int = 0
     tokens_in: int | None = None
     pool_id: str = ""
+    replica_id: str | None = None
     priority: str = ""
     queue_position: int | None = None
     predicted_start_ms: int | None = None
@@ -69,11 +70,44 @@ class Slots(msgspec.Struct, frozen=True):
     draining: int = 0
 
 
-class Queue(msgspec.Struct, frozen=True):
-    """Waiting tasks, and how many may wait."""
+class Lane(msgspec.Struct, frozen=True):
+    """Waiting tasks of one priority, and how many may wait."""
 
     depth: int = 0
     capacity: int = 0
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """Waiting tasks, and how many interactive ones may wait; no lanes from a server that has but one."""
+
+    depth: int = 0
+    capacity: int = 0
+    interactive: Lane | None = None
+    batch: Lane | None = None
+
+    @property
+    def first(self) -> Lane:
+        """The lane that goes first."""
+        return self.interactive or Lane(self.depth, self.capacity)
+
+
+class Replica(msgspec.Struct, frozen=True):
+    """One engine of a pool, and the GPUs it computes on where that is known."""
+
+    replica_id: str
+    ready: bool = False
+    slots: int = 0
+    busy: int = 0
+    draining: int = 0
+    determinism: str = "unknown"
+    devices: list[int] = []
+    last_error: str | None = None
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """A pool that takes no new tasks: milliseconds until what it has is failed."""
+
+    deadline_ms: int = 0
 
 
 class Pool(msgspec.Struct, frozen=True):
@@ -88,9 +122,11 @@ class Pool(msgspec.Struct, frozen=True):
     ctx: int | None = None
     slots: Slots = Slots()
     queue: Queue = Queue()
+    replicas: list[Replica] = []
     determinism: str = "unknown"
     last_error: str | None = None
     accelerator: str = ""
+    drain: Drain | None = None
 
 
 class Totals(msgspec.Struct, frozen=True):

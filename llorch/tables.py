@@ -5,27 +5,60 @@ The one rule: what came from the server is cleaned before it is shown.
 
 import datetime
 
-from llorch.answers import Pool, Snapshot
+from llorch.answers import Lane, Pool, Replica, Snapshot
 from llorch.events import Error
 from llorch.terminal import clean, duration, style, table
 
 _STATE_STYLES = {"running": "green", "queued": "yellow", "failed": "red", "cancelled": "dim"}
 
 
+_LANES = {"interactive": "inter"}  # any other by its own name
+
+
 def readiness(pool: Pool) -> str:
     """In a word or two."""
+    if pool.drain is not None:
+        return "drained"
     return "ready" if pool.ready else "not ready" if pool.live else "no engine"
+
+
+def drained(pool: Pool) -> str:
+    """What a drain means for the pool, and how it ends; empty if there is none."""
+    if pool.drain is None:
+        return ""
+    left = duration(pool.drain.deadline_ms)
+    what = f"what it has is failed in {left}" if pool.drain.deadline_ms else "what it had is over"
+    return f'it takes no new tasks, and {what}; reload it, or end the drain with {{"cancel": true}}'
+
+
+def replica_line(replica: Replica) -> tuple[str, ...]:
+    """The cells that say how one replica is: name, state, slots, seeds, GPUs, and why if something is wrong."""
+    devices = ", ".join(str(index) for index in replica.devices)
+    draining = f", {replica.draining} draining" if replica.draining else ""
+    return (
+        replica.replica_id,
+        "ready" if replica.ready else "not ready",
+        f"{replica.busy} of {replica.slots} at work{draining}",
+        f"seeds {replica.determinism}",
+        f"GPU {devices}" if devices else "-",
+        replica.last_error or "",
+    )
+
+
+def _taken(lane: Lane | None) -> str:
+    return f"{lane.depth}/{lane.capacity}" if lane else "-"
 
 
 def pool_lines(pools: list[Pool], *, colour: bool) -> list[str]:
     """A line for each pool, and why if something is wrong."""
-    rows = [("POOL", "STATE", "SLOTS", "QUEUE", "DETERMINISM", "MODEL")]
+    rows = [("POOL", "STATE", "SLOTS", "QUEUE", "BATCH", "DETERMINISM", "MODEL")]
     rows += [
         (
             pool.pool_id,
             readiness(pool),
             f"{pool.slots.busy}/{pool.slots.total}",
-            f"{pool.queue.depth}/{pool.queue.capacity}",
+            _taken(pool.queue.first),
+            _taken(pool.queue.batch),
             pool.determinism,
             pool.model or "-",
         )
@@ -35,8 +68,7 @@ def pool_lines(pools: list[Pool], *, colour: bool) -> list[str]:
     shown = [style(header, "dim", colour=colour)]
     for pool, line in zip(pools, lines, strict=True):
         shown.append(line if pool.ready else style(line, "red", colour=colour))
-        if pool.last_error:
-            shown.append(f"  {clean(pool.last_error)}")
+        shown += [f"  {clean(told)}" for told in (drained(pool), pool.last_error) if told]
     return shown
 
 
@@ -44,11 +76,12 @@ def task_lines(tasks: list[Snapshot], at: datetime.datetime, *, colour: bool) ->
     """A line for each task, in the order given; `at` is the wall clock."""
     if not tasks:
         return ["no tasks"]
-    rows = [("TASK", "STATE", "AGE", "FIRST", "TOKENS", "TOK/S", "NOTE")]
+    rows = [("TASK", "STATE", "LANE", "AGE", "FIRST", "TOKENS", "TOK/S", "NOTE")]
     rows += [
         (
             task.task_id,
             task.state,
+            _LANES.get(task.priority, task.priority) or "-",
             duration(_age_ms(task, at)),
             duration(task.timings.first_token_ms),
             str(task.tokens_out),
@@ -57,7 +90,7 @@ def task_lines(tasks: list[Snapshot], at: datetime.datetime, *, colour: bool) ->
         )
         for task in tasks
     ]
-    header, *lines = table(rows, right=(2, 3, 4, 5))
+    header, *lines = table(rows, right=(3, 4, 5, 6))
     shown = [style(header, "dim", colour=colour)]
     for task, line in zip(tasks, lines, strict=True):
         named = _STATE_STYLES.get(task.state)
@@ -68,6 +101,8 @@ def task_lines(tasks: list[Snapshot], at: datetime.datetime, *, colour: bool) ->
 def _note(task: Snapshot, at: datetime.datetime) -> str:
     if task.state == "queued":
         ahead = f"{task.queue_position or 0} ahead"
+        if task.pool_id not in ("", "default"):
+            ahead += f" in {task.pool_id}"
         age_ms = _age_ms(task, at)
         if task.predicted_start_ms is None or age_ms is None:
             return ahead
@@ -75,6 +110,8 @@ def _note(task: Snapshot, at: datetime.datetime) -> str:
         return f"{ahead}, starts {f'in about {duration(left_ms)}' if left_ms > 0 else 'any moment'}"
     if task.error is not None:
         return describe(task.error)[:100]
+    if task.state == "running":
+        return f"on {task.replica_id}" if task.replica_id else ""
     return "" if task.finish_reason in (None, task.state) else str(task.finish_reason)
 
 
@@ -102,8 +139,10 @@ def health_lines(pools: list[Pool], *, colour: bool) -> list[str]:
     for pool in pools:
         state = style(readiness(pool), "green" if pool.ready else "red", colour=colour)
         lines.append(f"{clean(pool.pool_id)}: {state}")
+        queue = pool.queue
         facts = [
-            ("why", pool.last_error),
+            ("why", drained(pool)),
+            ("fault" if pool.ready else "why", pool.last_error),
             ("engine", " ".join(filter(None, (pool.engine, pool.engine_version)))),
             ("model", pool.model),
             ("context", f"{pool.ctx} tokens a slot" if pool.ctx else None),
@@ -112,12 +151,29 @@ def health_lines(pools: list[Pool], *, colour: bool) -> list[str]:
                 f"{pool.slots.busy} of {pool.slots.total} at work"
                 + (f", {pool.slots.draining} not let go of yet" if pool.slots.draining else ""),
             ),
-            ("queue", f"{pool.queue.depth} waiting, room for {pool.queue.capacity}"),
+            ("interactive" if queue.interactive else "queue", _waiting(queue.first)),
+            ("batch", _waiting(queue.batch) if queue.batch else None),
             ("seeds", _SEEDS.get(pool.determinism, pool.determinism)),
             ("computes on", pool.accelerator),
         ]
         lines += [f"  {line}" for line in table([(name, value) for name, value in facts if value])]
+        if pool.replicas:
+            lines.append("  replicas")
+            lines += replica_lines(pool, "    ", colour=colour)
     return lines or ["no pools"]
+
+
+def replica_lines(pool: Pool, indent: str, *, colour: bool) -> list[str]:
+    """A line for each replica of the pool, red for one that can't take tasks."""
+    lines = [f"{indent}{line}" for line in table([replica_line(replica) for replica in pool.replicas])]
+    return [
+        line if replica.ready else style(line, "red", colour=colour)
+        for replica, line in zip(pool.replicas, lines, strict=True)
+    ]
+
+
+def _waiting(lane: Lane) -> str:
+    return f"{lane.depth} waiting, room for {lane.capacity}"
 
 
 _SEEDS = {

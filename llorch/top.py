@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from llorch.answers import BadAnswer, Gpu, Pool, Status, TooOld, Unavailable, Unreachable
+from llorch.answers import BadAnswer, Gpu, Lane, Pool, Status, TooOld, Unavailable, Unreachable
 from llorch.client import STATUS, Client
 from llorch.exits import Exit
-from llorch.tables import now, readiness, task_lines
+from llorch.tables import drained, now, readiness, replica_lines, task_lines
 from llorch.terminal import Console, clean, duration, fit, style
 
 _ENTER = "\x1b[?1049h\x1b[?25l"  # the alternate screen, no cursor
@@ -49,9 +49,7 @@ def picture(before: Sample | None, last: Sample, *, url: str, colour: bool = Fal
     status = last.status
     lines = [_head(status, url), _speed(before, last), _totals(before, last), ""]
     for pool in status.pools:
-        lines += [_slots(pool, colour), _queue(pool)]
-        if pool.last_error:
-            lines.append(style(f"  {clean(pool.last_error)}", "red", colour=colour))
+        lines += _pool(pool, colour)
     lines += [_gpu(gpu) for gpu in status.gpus]
     if status.gpu_fault:
         lines.append(f"GPU      {clean(status.gpu_fault)}")
@@ -59,6 +57,19 @@ def picture(before: Sample | None, last: Sample, *, url: str, colour: bool = Fal
     others = [task for task in status.tasks if task.state not in _RUNNING]
     at_work.reverse()  # the next one first
     return [*lines, "", *task_lines([*at_work, *others], last.wall, colour=colour)]
+
+
+def _pool(pool: Pool, colour: bool) -> list[str]:
+    lines = [_slots(pool, colour), _lane("queue", pool.queue.first)]
+    if pool.queue.batch is not None:
+        lines.append(_lane("batch", pool.queue.batch))
+    if told := drained(pool):
+        lines.append(style(f"  {clean(told)}", "yellow", colour=colour))
+    if len(pool.replicas) > 1:
+        lines += replica_lines(pool, "  ", colour=colour)
+    elif pool.last_error:
+        lines.append(style(f"  {clean(pool.last_error)}", "red", colour=colour))
+    return lines
 
 
 def _head(status: Status, url: str) -> str:
@@ -110,9 +121,8 @@ def _slots(pool: Pool, colour: bool) -> str:
     )
 
 
-def _queue(pool: Pool) -> str:
-    queue = pool.queue
-    return f"queue    {bar(queue.depth, queue.capacity)} {queue.depth} of {queue.capacity} places taken"
+def _lane(name: str, lane: Lane) -> str:
+    return f"{name:<8} {bar(lane.depth, lane.capacity)} {lane.depth} of {lane.capacity} places taken"
 
 
 def _gpu(gpu: Gpu) -> str:

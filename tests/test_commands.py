@@ -12,7 +12,19 @@ import msgspec
 import pytest
 
 from llorch import cli, commands
-from llorch.answers import Gpu, Percentiles, Pool, Queue, Slots, Snapshot, Status, Totals
+from llorch.answers import (
+    Drain,
+    Gpu,
+    Lane,
+    Percentiles,
+    Pool,
+    Queue,
+    Replica,
+    Slots,
+    Snapshot,
+    Status,
+    Totals,
+)
 from llorch.client import STATUS
 from llorch.events import Error
 from llorch.exits import Exit
@@ -20,7 +32,8 @@ from llorch.tables import health_lines, pool_lines, task_lines
 from llorch.terminal import Console
 from llorch.top import Sample, bar, picture
 from tests.fakes import FakeLlamaServer
-from tests.live import TOKEN, Live
+from tests.live import TOKEN, Live, eventually
+from tests.pools import written
 from tests.terminals import Command
 from tests.test_client import says, serving
 
@@ -82,12 +95,13 @@ async def test_ps_shows_the_pool_the_queue_and_recent_tasks(fake_engine: FakeLla
         await live.cancel(waiting.pop())
         said = await ask(live.url, "ps")
         pool_head, pool, _, head, *tasks = said.out.splitlines()
-        assert pool_head.split() == ["POOL", "STATE", "SLOTS", "QUEUE", "DETERMINISM", "MODEL"]
-        assert pool.split() == ["default", "ready", "1/1", "1/64", "unknown", "fake-1b.gguf"]
-        assert head.split()[:3] == ["TASK", "STATE", "AGE"]
+        assert pool_head.split() == ["POOL", "STATE", "SLOTS", "QUEUE", "BATCH", "DETERMINISM", "MODEL"]
+        assert pool.split() == ["default", "ready", "1/1", "1/64", "0/256", "unknown", "fake-1b.gguf"]
+        assert head.split()[:4] == ["TASK", "STATE", "LANE", "AGE"]
         assert [line.split()[1] for line in tasks] == ["cancelled", "queued", "running"]
         assert [line.split()[0] for line in tasks[1:]] == [waiting[0]["task_id"], running["task_id"]]
         assert "0 ahead" in tasks[1]
+        assert tasks[2].endswith("on default-0")
         only = await ask(live.url, "ps", "--state", "queued", "--limit", "1", "--json")
         (task,) = json.loads(only.out)["tasks"]
         assert task == (await live.get("/v1/tasks?state=queued&limit=1")).body["tasks"][0]
@@ -229,7 +243,7 @@ def test_a_file_that_lies_about_sends_nothing_elsewhere(
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (snapshot(state="queued", queue_position=2), "queued - - 0 - 2 ahead"),
+        (snapshot(state="queued", queue_position=2), "queued - - - 0 - 2 ahead"),
         (
             snapshot(
                 state="queued",
@@ -237,15 +251,15 @@ def test_a_file_that_lies_about_sends_nothing_elsewhere(
                 predicted_start_ms=90_000,
                 created_at="2026-11-21T11:59:30Z",
             ),
-            "queued 30 s - 0 - 1 ahead, starts in about 60 s",
+            "queued - 30 s - 0 - 1 ahead, starts in about 60 s",
         ),
         (
             snapshot(
                 state="queued", queue_position=0, predicted_start_ms=9, created_at="2026-11-21T11:59:30Z"
             ),
-            "queued 30 s - 0 - 0 ahead, starts any moment",
+            "queued - 30 s - 0 - 0 ahead, starts any moment",
         ),
-        (snapshot(created_at="2026-11-21T12:00:09Z", tokens_out=1), "running 0 ms - 1 -"),
+        (snapshot(created_at="2026-11-21T12:00:09Z", tokens_out=1), "running - 0 ms - 1 -"),
         (
             snapshot(
                 state="completed",
@@ -253,12 +267,12 @@ def test_a_file_that_lies_about_sends_nothing_elsewhere(
                 finish_reason="stop",
                 timings={"first_token_ms": 250, "decode_time_ms": 1500},
             ),
-            "completed - 250 ms 30 20.0 stop",
+            "completed - - 250 ms 30 20.0 stop",
         ),
-        (snapshot(state="cancelled", finish_reason="cancelled"), "cancelled - - 0 -"),
+        (snapshot(state="cancelled", finish_reason="cancelled"), "cancelled - - - 0 -"),
         (
             snapshot(state="failed", error=Error("WORKER_RESET", True, 1000, "gone")),
-            "failed - - 0 - WORKER_RESET: gone (it may succeed if tried again in 1.0 s)",
+            "failed - - - 0 - WORKER_RESET: gone (it may succeed if tried again in 1.0 s)",
         ),
     ],
 )
@@ -272,12 +286,91 @@ def test_a_pool_that_is_not_ready_says_why() -> None:
     """Below its line, and in red where there is colour."""
     pool = msgspec.structs.replace(POOL, ready=False, last_error="gone")
     assert pool_lines([pool], colour=False)[1:] == [
-        "default  not ready  1/4    2/8    verified     m.gguf",
+        "default  not ready  1/4    2/8    -      verified     m.gguf",
         "  gone",
     ]
     assert pool_lines([pool], colour=True)[1].startswith("\x1b[31mdefault")
     assert health_lines([], colour=False) == ["no pools"]
     assert "  slots   1 of 4 at work, 1 not let go of yet" in health_lines([POOL], colour=False)
+    assert "  queue   2 waiting, room for 8" in health_lines([POOL], colour=False)
+
+
+PAIR = msgspec.structs.replace(
+    POOL,
+    pool_id="big",
+    queue=Queue(depth=5, capacity=8, interactive=Lane(2, 8), batch=Lane(3, 20)),
+    replicas=[
+        Replica("gpu0", ready=True, slots=4, busy=1, draining=1, determinism="verified", devices=[0]),
+        Replica("gpu1", slots=4, devices=[2, 3], last_error="it runs engine b1, the pool b2"),
+    ],
+    last_error="gpu1: it runs engine b1, the pool b2",
+)
+
+
+def test_every_replica_and_both_lanes_are_told() -> None:
+    """Each replica on a line, red with its reason if it can't take tasks."""
+    assert pool_lines([PAIR], colour=False)[1] == "big   ready  1/4    2/8    3/20   verified     m.gguf"
+    lines = health_lines([PAIR], colour=False)
+    assert "  fault        gpu1: it runs engine b1, the pool b2" in lines
+    assert "  interactive  2 waiting, room for 8" in lines
+    assert "  batch        3 waiting, room for 20" in lines
+    replicas = [
+        "gpu0  ready      1 of 4 at work, 1 draining  seeds verified  GPU 0",
+        "gpu1  not ready  0 of 4 at work              seeds unknown   GPU 2, 3  it runs engine b1, the pool b2",
+    ]
+    assert lines[-3:] == ["  replicas", *(f"    {line}" for line in replicas)]
+    assert health_lines([PAIR], colour=True)[-1].startswith("\x1b[31m    gpu1")
+    drawn = picture(None, sample(1, pools=[PAIR]), url="")
+    assert drawn[5:9] == [
+        "queue    [#####...............] 2 of 8 places taken",
+        "batch    [###.................] 3 of 20 places taken",
+        *(f"  {line}" for line in replicas),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "words"), [(90_000, "what it has is failed in 90 s"), (0, "what it had is over")]
+)
+def test_a_drained_pool_says_so(deadline_ms: int, words: str) -> None:
+    """In every view: what it means, until when, and how it ends."""
+    pool = msgspec.structs.replace(PAIR, ready=False, drain=Drain(deadline_ms))
+    assert pool_lines([pool], colour=False)[1].startswith("big   drained  1/4")
+    assert health_lines([pool], colour=False)[0] == "big: drained"
+    for lines in (
+        pool_lines([pool], colour=False),
+        health_lines([pool], colour=False),
+        picture(None, sample(1, pools=[pool]), url=""),
+    ):
+        (told,) = [line for line in lines if "takes no new tasks" in line]
+        assert words in told
+        assert "reload it, or end the drain" in told
+
+
+async def test_two_replicas_and_the_batch_lane_in_a_live_server(
+    fake_engine: FakeLlamaServer, tmp_path: Path
+) -> None:
+    """What runs where, what waits in which lane, and which replica is kept out, as the commands tell it."""
+    fake_engine.hold = True
+    async with FakeLlamaServer(build="other") as other:
+        file = written(tmp_path, {"big": {"gpu0": fake_engine, "gpu1": other}}, gpu1={"devices": [1]})
+        async with Live(fake_engine, file=file) as live:
+            await eventually(lambda: live.pool.replicas[1].excluded, "nobody is kept out")
+            await live.submit_held(priority="batch")
+            await live.submit(priority="batch")
+            await live.submit()
+            said = await ask(live.url, "ps")
+            assert [line.split()[2] for line in said.out.splitlines()[-3:]] == ["inter", "batch", "batch"]
+            assert said.out.splitlines()[-2].endswith("1 ahead in big")
+            assert said.out.splitlines()[-1].endswith("on gpu0")
+            assert "  1/64   1/256  " in said.out
+            told = await ask(live.url, "health")
+            assert told.code == Exit.DONE
+            assert re.search(
+                r"\n    gpu1  not ready .* GPU 1  it runs engine other, the pool b4242-fake\n", told.out
+            )
+            live.pool.drain(60)
+            told = await ask(live.url, "health", "big")
+            assert (told.code, told.out.splitlines()[0]) == (Exit.UNAVAILABLE, "big: drained")
 
 
 # -- top -------------------------------------------------------------------------------------------
@@ -299,8 +392,8 @@ def test_the_picture_has_all_that_is_asked_of_top() -> None:
         gpus=[Gpu(0, "NVIDIA H200", 87, 2**35, 2**37, 61), Gpu(1, "old", None, 0, 2**30, None)],
         gpu_fault="one is lost",
         tasks=[
-            snapshot(task_id="done", state="completed"),
-            snapshot(task_id="second", state="queued"),
+            snapshot(task_id="done", state="completed", priority="interactive"),
+            snapshot(task_id="second", state="queued", priority="batch", pool_id="big"),
             snapshot(task_id="first"),
         ],
     )
@@ -315,10 +408,10 @@ def test_the_picture_has_all_that_is_asked_of_top() -> None:
         "VRAM 1   [....................] 0.0 of 1.0 GiB   old: use not known",
         "GPU      one is lost",
         "",
-        "TASK    STATE      AGE  FIRST  TOKENS  TOK/S  NOTE",
-        "first   running      -      -       0      -",
-        "second  queued       -      -       0      -  0 ahead",
-        "done    completed    -      -       0      -",
+        "TASK    STATE      LANE   AGE  FIRST  TOKENS  TOK/S  NOTE",
+        "first   running    -        -      -       0      -",
+        "second  queued     batch    -      -       0      -  0 ahead in big",
+        "done    completed  inter    -      -       0      -",
     ]
 
 
