@@ -200,8 +200,20 @@ def _examined(options: argparse.Namespace) -> "doctor.Setup":
         config = load(path, os.environ)
     except ConfigError as error:
         return doctor.Setup(config_file=path, faults=error.faults, slips=slips)
-    address, pool = parse_address(config.bind_addr), next(iter(pools_in_force(config).values()))
-    adapter = pool.replicas[0]
+    address = parse_address(config.bind_addr)
+    engines = (
+        doctor.EngineSetup(
+            pool_id=name,
+            replica_id=replica.id,
+            told_at=f"pools.{name}.replicas[{number}]" if config.pools else "adapter",
+            endpoint=replica.endpoint,
+            api_key=replica.api_key,
+            slots=None if replica.slots == "auto" else replica.slots,
+            devices=replica.devices,
+        )
+        for name, pool in pools_in_force(config).items()
+        for number, replica in enumerate(pool.replicas)
+    )
     return doctor.Setup(
         config_file=path,
         slips=slips,
@@ -210,9 +222,7 @@ def _examined(options: argparse.Namespace) -> "doctor.Setup":
         token=config.auth.token,
         token_file=Path(config.auth.token_file) if config.auth.token_file else None,
         secret_in_config=not os.environ.get(env_name("auth.token")),
-        endpoint=adapter.endpoint,
-        api_key=adapter.api_key,
-        slots=None if adapter.slots == "auto" else adapter.slots,
+        engines=tuple(engines),
         ctx=config.limits.ctx,
         connect_s=config.timeouts.connect_s,
         control_s=config.timeouts.control_s,

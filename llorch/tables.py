@@ -32,7 +32,7 @@ def drained(pool: Pool) -> str:
 
 
 def replica_line(replica: Replica) -> tuple[str, ...]:
-    """The cells that say how one replica is: name, state, slots, seeds, GPUs, and why if something is wrong."""
+    """The cells that say how one is: name, state, slots, seeds, GPUs, and why if something is wrong."""
     devices = ", ".join(str(index) for index in replica.devices)
     draining = f", {replica.draining} draining" if replica.draining else ""
     return (

@@ -12,7 +12,7 @@ from tests.fakes import FakeLlamaServer
 def written(
     folder: Path, pools: Mapping[str, Mapping[str, FakeLlamaServer | str]], **more: dict[str, Any]
 ) -> Path:
-    """The file with these engines by pool and replica, the first pool the default one; `more` keys of a replica."""
+    """The file with these engines by pool and replica, the first pool the default one; more keys of each."""
     tables = {
         name: {
             "default": number == 0,

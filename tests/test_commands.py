@@ -301,9 +301,9 @@ PAIR = msgspec.structs.replace(
     queue=Queue(depth=5, capacity=8, interactive=Lane(2, 8), batch=Lane(3, 20)),
     replicas=[
         Replica("gpu0", ready=True, slots=4, busy=1, draining=1, determinism="verified", devices=[0]),
-        Replica("gpu1", slots=4, devices=[2, 3], last_error="it runs engine b1, the pool b2"),
+        Replica("gpu1", slots=4, devices=[2, 3], last_error="it differs"),
     ],
-    last_error="gpu1: it runs engine b1, the pool b2",
+    last_error="gpu1: it differs",
 )
 
 
@@ -311,12 +311,12 @@ def test_every_replica_and_both_lanes_are_told() -> None:
     """Each replica on a line, red with its reason if it can't take tasks."""
     assert pool_lines([PAIR], colour=False)[1] == "big   ready  1/4    2/8    3/20   verified     m.gguf"
     lines = health_lines([PAIR], colour=False)
-    assert "  fault        gpu1: it runs engine b1, the pool b2" in lines
+    assert "  fault        gpu1: it differs" in lines
     assert "  interactive  2 waiting, room for 8" in lines
     assert "  batch        3 waiting, room for 20" in lines
     replicas = [
         "gpu0  ready      1 of 4 at work, 1 draining  seeds verified  GPU 0",
-        "gpu1  not ready  0 of 4 at work              seeds unknown   GPU 2, 3  it runs engine b1, the pool b2",
+        "gpu1  not ready  0 of 4 at work              seeds unknown   GPU 2, 3  it differs",
     ]
     assert lines[-3:] == ["  replicas", *(f"    {line}" for line in replicas)]
     assert health_lines([PAIR], colour=True)[-1].startswith("\x1b[31m    gpu1")

@@ -48,7 +48,7 @@ def test_the_example_is_what_init_writes() -> None:
 
 
 def test_the_pools_of_the_example_are_good_once_uncommented(tmp_path: Path) -> None:
-    """Taking out the # is all that has to be done: two replicas, and the shorthand beside them is no fault."""
+    """Taking out the # is all that has to be done: two replicas, beside the shorthand."""
     start, _, rest = EXAMPLE.partition("[pools]")
     commented, _, end = rest.partition("\n[queue]")
     file = tmp_path / "config.toml"

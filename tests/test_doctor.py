@@ -6,13 +6,15 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pynvml
 import pytest
 
 from llorch import cli, doctor
-from llorch.doctor import Setup, examine
+from llorch.doctor import EngineSetup, Setup, examine
 from tests.fakes import FakeLlamaServer, answers, error
-from tests.live import TOKEN, Live
+from tests.live import TOKEN, Live, eventually
+from tests.pools import written
 from tests.terminals import Command
 from tests.test_gpu import FakeNvml
 
@@ -21,8 +23,9 @@ def setup(engine: FakeLlamaServer | None = None, **fields: Any) -> Setup:
     """What is to be examined: a free port, and this engine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    given = {"port": port, "endpoint": engine.url if engine else f"http://127.0.0.1:{port}"}
-    return Setup(**{"gpu_required": False, **given, **fields})
+    its = {name: fields.pop(name) for name in ("api_key", "slots", "devices") if name in fields}
+    one = EngineSetup(endpoint=engine.url if engine else f"http://127.0.0.1:{port}", **its)
+    return Setup(**{"gpu_required": False, "port": port, "engines": (one,), **fields})
 
 
 async def verdicts(examined: Setup) -> dict[str, str]:
@@ -97,7 +100,7 @@ def test_a_token_is_its_owners_alone(tmp_path: Path) -> None:
 
 def test_the_gpu_is_told_by_name_and_driver() -> None:
     """As NVML has it."""
-    (finding,) = doctor.graphics(Setup(), FakeNvml("NVIDIA H200"))
+    [finding], _ = doctor.graphics(Setup(), FakeNvml("NVIDIA H200"))
     assert finding.verdict == "good"
     assert "driver" in finding.what
 
@@ -112,7 +115,7 @@ def test_a_missing_gpu_is_bad_unless_it_may_be(
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", no_library)
-    (finding,) = doctor.graphics(Setup(gpu_required=required))
+    [finding], _ = doctor.graphics(Setup(gpu_required=required))
     assert (finding.verdict, "NVIDIA driver" in finding.what) == (verdict, True)
     assert ("nvidia-smi" in finding.mend) is required
 
@@ -210,6 +213,82 @@ async def test_what_the_engine_has_is_held_against_the_configuration(
     assert {check: said[check] for check in ("slots", "context", "seeds") if check in said} == verdict
 
 
+# -- several engines -------------------------------------------------------------------------------
+
+
+def pair(first: FakeLlamaServer, second: str, **fields: Any) -> Setup:
+    """Two replicas of the pool big: gpu0 is `first`, gpu1 at this endpoint with these fields."""
+    given = {"pool_id": "big", "slots": None}
+    one = EngineSetup(**given, replica_id="gpu0", endpoint=first.url, told_at="pools.big.replicas[0]")
+    two = EngineSetup(**given, replica_id="gpu1", endpoint=second, told_at="pools.big.replicas[1]", **fields)
+    return msgspec.structs.replace(setup(), engines=(one, two))
+
+
+async def test_every_replica_is_examined(fake_engine: FakeLlamaServer, unused_tcp_port: int) -> None:
+    """Each under its own name: one that works, one that is not there, with the command for its GPU."""
+    gone = pair(fake_engine, f"http://127.0.0.1:{unused_tcp_port}", devices=(1,))
+    assert (await found("engine gpu0", gone)).verdict == "good"
+    finding = await found("engine gpu1", gone)
+    assert finding.verdict == "bad"
+    assert f"CUDA_VISIBLE_DEVICES=1 llama-server -m MODEL.gguf --port {unused_tcp_port} " in finding.mend
+    other_pool = msgspec.structs.replace(gone.engines[1], pool_id="small", endpoint="unix:/none/x.sock")
+    several = msgspec.structs.replace(gone, engines=(gone.engines[0], other_pool))
+    assert "--host /none/x.sock" in (await found("engine small/gpu1", several)).mend
+    async with FakeLlamaServer(api_key="k" * 20) as locked:
+        finding = await found("engine gpu1", pair(fake_engine, locked.url))
+        assert finding.mend == "it wants a key: set pools.big.replicas[1].api_key_file"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"build": "other"}, "it runs engine other, the pool b4242-fake"),
+        ({"model_path": "/models/x.gguf"}, "it has the model x.gguf, the pool fake-1b.gguf"),
+        ({"slots": 3, "ctx": 8192}, None),
+    ],
+)
+async def test_engines_of_a_pool_that_differ_are_told(
+    fields: dict[str, Any], says: str | None, fake_engine: FakeLlamaServer
+) -> None:
+    """By version and model; slots and context may be what they like."""
+    async with FakeLlamaServer(**fields) as other:
+        told = [it for it in await examine(pair(fake_engine, other.url)) if it.check == "pool big"]
+    assert [says in it.what and it.verdict == "bad" for it in told if says] == ([True] if says else [])
+    assert bool(told) is bool(says)
+
+
+async def test_gpus_that_are_not_there_are_told(fake_engine: FakeLlamaServer) -> None:
+    """Where NVML can be read; where it can't, that is said and no more."""
+    examined = setup(fake_engine, devices=(1, 4))
+    told = [it for it in await examine(examined, FakeNvml("a", "b")) if it.check == "devices"]
+    assert [(it.verdict, it.what) for it in told] == [
+        ("bad", "adapter.devices names GPU 4; the driver shows 0, 1")
+    ]
+    assert doctor.devices(examined, None) == []
+
+
+async def test_what_a_running_llorch_says_of_its_replicas_is_told(
+    fake_engine: FakeLlamaServer, tmp_path: Path
+) -> None:
+    """Which is kept out and why, what each one's own test of seeds found, and that a pool is drained."""
+    async with FakeLlamaServer(build="other") as other:
+        file = written(tmp_path, {"big": {"gpu0": fake_engine, "gpu1": other}})
+        async with Live(fake_engine, file=file) as live:
+            examined = msgspec.structs.replace(pair(fake_engine, other.url), port=live.port)
+            await eventually(lambda: live.pool.replicas[1].excluded, "nobody is kept out")
+            live.replica.determinism = "failed"
+            finding = await found("llorch", examined)
+            assert (finding.verdict, "does without gpu1: it runs engine other" in finding.what) == (
+                "bad",
+                True,
+            )
+            assert [(await found(f"seeds gpu{n}", examined)).verdict for n in (0, 1)] == ["bad", "note"]
+            live.pool.drain(60)
+            assert "is drained" in (await found("llorch", examined)).what
+            finding = await found("address", setup(fake_engine, port=live.port))
+            assert (finding.verdict, "no pool 'default'" in finding.what) == ("bad", True)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -241,6 +320,30 @@ async def test_the_command_examines_what_serve_would_use(
     assert b"\n      mend: " in command.out
 
 
+def test_every_replica_of_every_pool_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the place where the configuration has it."""
+    engines = {"gpu0": "http://h:1", "gpu1": "http://h:2"}
+    file = written(
+        tmp_path, {"big": engines, "small": {"s": "unix:/x"}}, gpu1={"devices": [1], "slots": "auto"}
+    )
+    for name in [name for name in os.environ if name.startswith("LLORCH_")]:
+        monkeypatch.delenv(name)
+    examined = cli._examined(cli._parser().parse_args(["doctor", "--config", str(file)]))
+    at = "pools.big.replicas"
+    assert examined.engines == (
+        EngineSetup(pool_id="big", replica_id="gpu0", told_at=f"{at}[0]", endpoint="http://h:1"),
+        EngineSetup(
+            pool_id="big",
+            replica_id="gpu1",
+            told_at=f"{at}[1]",
+            endpoint="http://h:2",
+            slots=None,
+            devices=(1,),
+        ),
+        EngineSetup(pool_id="small", replica_id="s", told_at="pools.small.replicas[0]", endpoint="unix:/x"),
+    )
+
+
 def test_every_key_that_it_needs_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the file, as `serve` reads it."""
     (tmp_path / "token").write_text(TOKEN)
@@ -261,9 +364,7 @@ def test_every_key_that_it_needs_is_taken_over(tmp_path: Path, monkeypatch: pyte
         token=TOKEN,
         token_file=Path("token"),
         secret_in_config=True,
-        endpoint="http://h:1",
-        api_key="k",
-        slots=None,
+        engines=(EngineSetup(endpoint="http://h:1", api_key="k", slots=None),),
         ctx=7,
         connect_s=1,
         control_s=2,

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from playwright.async_api import Browser, ConsoleMessage, Page, expect
 from tests import child
 from tests.fakes import PATIENCE_S, FakeLlamaServer, answers, error
 from tests.live import TOKEN, Live, eventually
+from tests.pools import written
 
 PROFILES = pytest.mark.parametrize("profile", ["mvp", "home"])
 AUTH = {"auth": {"token": TOKEN}}
@@ -419,6 +421,44 @@ async def test_it_can_be_read(browser: Browser, held: FakeLlamaServer, scheme: A
             assert await visit.page.evaluate(UNNAMED) == []
             background = await visit.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
             assert (background == "rgb(244, 245, 248)") is (scheme == "light")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+async def test_lanes_replicas_and_a_drain_are_shown(
+    browser: Browser, held: FakeLlamaServer, scheme: Any, width: int, tmp_path: Path
+) -> None:
+    """Each replica with its state and its reason, both lanes, where a task runs; still to be read."""
+    size, long = {"width": width, "height": 800}, "g" * 64
+    more = {"gpu0": {"devices": [0], "slots": "auto"}, long: {"devices": [1, 2]}}
+    async with FakeLlamaServer(build="x" * 60) as other:
+        file = written(tmp_path, {"big": {"gpu0": held, long: other}}, **more)
+        async with Live(held, file=file) as live:
+            await eventually(lambda: live.pool.replicas[1].excluded, "nobody is kept out")
+            for _ in range(2):
+                await live.submit_held(priority="batch")
+            await live.submit(priority="batch")
+            await live.submit()
+            async with visiting(browser, live, color_scheme=scheme, viewport=size) as visit:
+                await visit.shows("#pools .badge", "ready")
+                replicas = visit.page.locator("#pools .replicas li")
+                await expect(replicas).to_have_count(2)
+                await expect(replicas.nth(0)).to_contain_text("gpu0ready2 of 2 slots at work")
+                await expect(replicas.nth(0)).to_contain_text("GPU 0")
+                await expect(replicas.nth(1)).to_contain_text("not ready0 of 1 slot at work")
+                await expect(replicas.nth(1)).to_contain_text("it runs engine xxx")
+                await expect(visit.page.locator("#pools .facts")).to_contain_text(
+                    "Interactive queue1 of 64 places takenBatch queue1 of 256 places taken"
+                )
+                await visit.shows("#depth", "2 of 320")
+                await expect(visit.page.locator("#active .tags").first).to_contain_text("gpu0 · batch")
+                live.pool.drain(90)
+                await visit.shows("#pools .badge", "drained")
+                await expect(visit.page.locator("#pools .note")).to_contain_text(
+                    "It takes no new tasks; what it has"
+                )
+                assert await visit.page.evaluate("() => document.documentElement.scrollWidth") == width
+                assert await visit.page.evaluate(CONTRAST) == []
 
 
 async def test_the_keyboard_is_enough(browser: Browser, held: FakeLlamaServer) -> None:
