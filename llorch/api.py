@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from llorch import control, openapi, wire
+from llorch import control, openapi, operations, wire
 from llorch.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -29,6 +29,7 @@ from llorch.errors import (
     QueueFull,
     UnsupportedMediaType,
 )
+from llorch.metrics import Metrics
 from llorch.orchestrator import Orchestrator
 from llorch.outlook import Outlook, Teller
 from llorch.page import get_page
@@ -56,6 +57,7 @@ ORCHESTRATOR = web.AppKey("orchestrator", Orchestrator)
 RELOADER = web.AppKey("reloader", Reloader)
 GATE = web.AppKey("gate", Gate)
 STATUS = web.AppKey("status", StatusBoard)
+METRICS = web.AppKey("metrics", Metrics)
 OUTLOOK = web.AppKey("outlook", Outlook)
 SETTINGS = web.AppKey("settings", ApiSettings)
 CORRELATION_ID = web.RequestKey("correlation_id", str)
@@ -71,12 +73,17 @@ _PREFLIGHT = {
 
 
 def make_app(
-    orchestrator: Orchestrator, reloader: Reloader, gate: Gate, settings: ApiSettings, status: StatusBoard
+    orchestrator: Orchestrator,
+    reloader: Reloader,
+    gate: Gate,
+    settings: ApiSettings,
+    status: StatusBoard,
+    metrics: Metrics,
 ) -> web.Application:
     """The application with every route of its profile."""
     app = web.Application(middlewares=[answer_refusals, guard])
     app[ORCHESTRATOR], app[GATE], app[SETTINGS], app[STATUS] = orchestrator, gate, settings, status
-    app[OUTLOOK], app[RELOADER] = Outlook(orchestrator), reloader
+    app[METRICS], app[OUTLOOK], app[RELOADER] = metrics, Outlook(orchestrator), reloader
     app.on_response_prepare.append(_add_headers)
     for method, path, handler in routes(home=settings.home):
         app.router.add_route(method, path, handler, expect_handler=_ignore_expect)
@@ -252,6 +259,13 @@ async def get_status(request: web.Request) -> web.Response:
     return _json(request.app[STATUS].status())
 
 
+async def get_metrics(request: web.Request) -> web.Response:
+    """Every number there is, for Prometheus."""
+    return web.Response(
+        body=request.app[METRICS].exposition(), headers={"Content-Type": operations.PROMETHEUS}
+    )
+
+
 async def get_capabilities(request: web.Request) -> web.Response:
     """The API's version, and what each pool can do."""
     return _json(request.app[ORCHESTRATOR].capabilities())
@@ -303,6 +317,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/pools/{pool_id}/reload", reload_pool),
     ("POST", "/v1/pools/{pool_id}/drain", drain_pool),
     ("GET", "/v1/status", get_status),
+    ("GET", "/metrics", get_metrics),
     ("GET", "/", get_page),
     ("GET", "/v1/capabilities", get_capabilities),
     ("GET", "/openapi.json", get_openapi),

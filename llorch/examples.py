@@ -191,6 +191,12 @@ FRAMES = (
     'id: 1\nevent: token\ndata: {"t":",","i":0}\n\n'
     'id: 2\nevent: end\ndata: {"tokens_out":1,"finish_reason":"length","tokens_in":4}\n\n'
 )
+METRICS = """\
+# HELP queue_depth Tasks that wait.
+# TYPE queue_depth gauge
+queue_depth{engine="llamacpp",engine_version="b11434-5c8a1b2",pool_id="default",priority="interactive"} 2.0
+"""
+
 REFUSALS: tuple[LlorchError, ...] = (
     errors.InternalError("a bug in llorch; its log has more under this correlation id"),
     errors.InvalidParams("$.temperatur: unknown field, did you mean temperature?"),

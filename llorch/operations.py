@@ -17,6 +17,7 @@ from llorch.status import Status
 from llorch.task import State
 
 JSON, EVENTS = "application/json", "text/event-stream"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 EVENT_TYPES = {"started": Started, "token": Token, "end": End, "error": Error, "metrics": Metrics}
 WITHOUT_ID = {"metrics"}
 EVENT_CODES = (
@@ -336,6 +337,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         description="Made for a page or a terminal that asks every second.",
         answers={
             200: Answer(description="As it is now.", body=Status, examples={"one": examples.STATUS}),
+        },
+    ),
+    ("GET", "/metrics"): Operation(
+        id="getMetrics",
+        tag="service",
+        summary="The numbers for Prometheus",
+        description="In Prometheus' text format 0.0.4; docs/metrics.md explains each. The home profile has "
+        "fewer.",
+        answers={
+            200: Answer(
+                description="As they are now.",
+                body={"type": "string"},
+                media_type=PROMETHEUS,
+                examples={"part": examples.METRICS},
+            )
         },
     ),
     ("GET", "/openapi.json"): Operation(

@@ -191,7 +191,7 @@ class Orchestrator:
 
     def _abandon(self, task: Task) -> None:
         del self._abandoned[task.id]
-        task.cancel()
+        task.cancel("disconnect")
 
     # -- what follows from a transition ---------------------------------------------------------
 

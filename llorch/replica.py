@@ -53,6 +53,7 @@ class Lease:
 
     It is *active* until closed; closed uncleanly it *drains*, and still counts, until the engine let go.
     `sent`: whether anything may have reached the engine under it; `answered`: the engine has begun on it.
+    `on_freed` is called once, when the slot is free again.
     """
 
     def __init__(self, replica: "Replica", *, exclusive: bool) -> None:
@@ -66,6 +67,7 @@ class Lease:
         self.runner: asyncio.Task[None] | None = None
         self.sent = False
         self.answered = False
+        self.on_freed: Callable[[], None] | None = None
         self._drained: asyncio.Future[None] | None = None
 
     def interrupt(self) -> None:
@@ -225,6 +227,8 @@ class Replica:
 
     def _release(self, lease: Lease) -> None:
         self.leases.discard(lease)
+        if lease.on_freed is not None:
+            lease.on_freed()
         self._test_if_due()
         if self._retired and not self.leases:
             self._vacated.set()

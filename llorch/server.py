@@ -26,6 +26,7 @@ from llorch.api import ApiSettings, make_app
 from llorch.blueprint import ConfiguredPools
 from llorch.config import unknown_variables
 from llorch.errors import ReloadFailed
+from llorch.metrics import Metrics
 from llorch.orchestrator import Orchestrator, StreamSettings
 from llorch.reload import Reloader
 from llorch.schema import Address, Config, parse_address, secrets_of
@@ -149,7 +150,8 @@ def compose(config: Config, accelerator: str, reading: Reading) -> House:
         heartbeat_s=config.stream.heartbeat_s,
     )
     status = StatusBoard(orchestrator, lambda: sampler.reading, home=home)
-    app = make_app(orchestrator, reloader, gate, settings, status)
+    metrics = Metrics(orchestrator, lambda: sampler.reading, home=home)
+    app = make_app(orchestrator, reloader, gate, settings, status, metrics)
     app.cleanup_ctx.append(functools.partial(_sampling, sampler))
     return House(app, orchestrator, reloader)
 

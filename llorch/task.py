@@ -16,6 +16,7 @@ from llorch.events import End, Error, FinishReason, Started, frame, token_frame
 
 Priority = Literal["interactive", "batch"]
 Determinism = Literal["strict", "best_effort"]
+CancelReason = Literal["client", "disconnect"]
 
 SAMPLER_PROFILE_VERSION = "1"
 
@@ -104,6 +105,7 @@ class Task:
 
     __slots__ = (
         "admitted_at",
+        "cancel_reason",
         "cause",
         "correlation_id",
         "created_at",
@@ -174,6 +176,7 @@ class Task:
         self.finish_reason: FinishReason | None = None
         self.error: Error | None = None
         self.cause: str | None = None
+        self.cancel_reason: CancelReason | None = None
         self.admitted_at = now()
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -272,12 +275,13 @@ class Task:
         self.tokens_in = tokens_in
         return self._end(State.COMPLETED, finish_reason)
 
-    def cancel(self) -> bool:
+    def cancel(self, reason: CancelReason = "client") -> bool:
         """QUEUED or RUNNING → CANCELLED [MVP-032]: the log gives out nothing more but its `end`, then the
         engine is told to stop, all in this step. False if the task had ended."""
         if State.CANCELLED not in TRANSITIONS[self.state]:
             return False
         lease = self.lease
+        self.cancel_reason = reason
         self._end(State.CANCELLED, "cancelled")
         if lease is not None:
             lease.interrupt()

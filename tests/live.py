@@ -269,6 +269,13 @@ class Live:
         """How the pool is."""
         return (await self.get("/v1/pools/default/health")).body
 
+    async def scrape(self) -> str:
+        """The text that Prometheus gets."""
+        async with self.session.get("/metrics", headers=self.headers) as response:
+            described.check("GET", "/metrics", response.status, response.headers, None)
+            assert response.content_type == "text/plain"
+            return await response.text()
+
     # -- streams -----------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager

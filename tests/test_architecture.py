@@ -12,8 +12,9 @@ ROOMS = """
     __init__ adapters.__init__ errors events eventlog task schema rules config engine admission plan
     estimate selftest agreement health capabilities placement replica replicaset execution pool orchestrator
     reload outlook adapters.sse adapters.spare adapters.llamacpp gpu telemetry logs sdnotify security wire
-    control status examples glossary operations openapi streams page api journal blueprint server exits
-    terminal answers client tables arguments prompts following top commands doctor completion cli __main__
+    control status measures series metrics examples glossary operations openapi streams page api journal
+    blueprint server exits terminal answers client tables arguments prompts following top commands doctor
+    completion cli __main__
 """  # from the core outwards
 ORDER = ROOMS.split()
 CORE = (
@@ -39,6 +40,7 @@ BLIND = {  # what a module knows nothing of, though the order alone would allow 
     "security": {"aiohttp", "orchestrator", "pool", "task"},
     "streams": {"task", "orchestrator", "pool"},
     "outlook": {"aiohttp", "engine"},
+    "metrics": {"aiohttp", "engine", "wire"},
     "api": {"admission", "engine", "pool", "replica"},
     "journal": {"aiohttp", "api", "orchestrator"},
 }
@@ -51,6 +53,7 @@ ISLANDS = {
     "gpu",
     "telemetry",
     "logs",
+    "measures",
     "sdnotify",
     "exits",
     "terminal",

@@ -138,7 +138,7 @@ RUN_PAGES = [page for page in PAGES if any("run" in fence.marks for fence in fen
 
 def test_the_pages_that_promise_commands_have_some() -> None:
     """None has lost its marks."""
-    wanted = {"quickstart", "api", "clients", "configuration", "determinism", "operations"}
+    wanted = {"quickstart", "api", "clients", "configuration", "determinism", "operations", "metrics"}
     assert {page.stem for page in RUN_PAGES} == wanted
 
 

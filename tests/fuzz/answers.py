@@ -25,6 +25,7 @@ CODES = {
 }
 ENVELOPE = {"code", "message", "engine", "retriable", "retry_after_ms", "hint", "policy_label"}
 ENDS = ("end", "error")
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 HEADERS = {
     *("content-type", "content-length", "server", "date", "connection", "cache-control", "location", "allow"),
     *("x-content-type-options", "x-correlation-id", "retry-after", "x-backoff-ms", "www-authenticate"),
@@ -41,6 +42,9 @@ _HEAD = re.compile(rb"HTTP/(?:1\.1|1\.0|0\.9|2\.0) (\d{3}) [ -~]*\r\n((?:[!-9;-~
 FRAME = re.compile(
     rb"id: (\d+)\nevent: (started|token|end|error)\ndata: (\{[^\n]*\})\n\n"
     rb"|event: metrics\ndata: \{[^\n]*\}\n\n|:[^\n]*\n\n"
+)
+_METRICS_LINE = re.compile(
+    rb"# (?:HELP|TYPE) [a-z_]+ [^\n]+|[a-z_]+(?:\{(?:[a-z_]+=\"(?:[^\"\\]|\\.)*\",?)+\})? [0-9.e+-]+"
 )
 
 
@@ -149,6 +153,8 @@ def _check_good(answer: Answer) -> None:
         check_stream(answer.body)
     elif answer.body.startswith(b"<!doctype html>") and "content-security-policy" in answer.headers:
         pass  # the page, which is the same for everybody
+    elif answer.headers.get("content-type") == PROMETHEUS:
+        _check_metrics(answer.body)
     elif answer.body:
         said = _json(answer)
         if (
@@ -156,6 +162,13 @@ def _check_good(answer: Answer) -> None:
             and not {"task_id", "queue_position", "stream_url", "cancel_url"} <= said.keys()
         ):
             raise Fault(f"a 202 without its fields: {said}")
+
+
+def _check_metrics(body: bytes) -> None:
+    """Raise Fault unless each line is a comment of the format or a sample."""
+    for line in body.split(b"\n")[:-1] if body else ():
+        if not _METRICS_LINE.fullmatch(line):
+            raise Fault(f"this is no line of Prometheus' format: {line[:200]!r}")
 
 
 def _check_refusal(answer: Answer) -> str:

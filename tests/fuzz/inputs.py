@@ -103,6 +103,7 @@ ROUTES = [
     (b"GET", b"/v1/tasks/" + TASK_ID + b"/stream?metrics=1"),
     (b"GET", b"/v1/pools/default/health"),
     (b"GET", b"/v1/status"),
+    (b"GET", b"/metrics"),
     (b"GET", b"/v1/capabilities"),
     (b"GET", b"/openapi.json"),
     (b"GET", b"/"),
