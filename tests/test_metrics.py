@@ -16,7 +16,7 @@ from llorch.metrics import Metrics
 from llorch.orchestrator import Orchestrator
 from llorch.series import MAX_VALUE_CHARS, OTHER, Counter, Histogram, gauge, label
 from llorch.telemetry import GpuReading, GpuUsage
-from tests.contract import CONTRACT, MISSING, lint, of_profile, promtool, samples
+from tests.contract import CONTRACT, MISSING, OBSERVABILITY, lint, of_profile, promtool, samples
 from tests.fakes import Connection, FakeLlamaServer
 from tests.live import TOKEN, Live, eventually, refused
 from tests.memory_engine import MemoryEngine
@@ -433,6 +433,20 @@ def test_the_profiles_have_what_the_documents_say() -> None:
     assert CONTRACT["latency_decode_ms"]["buckets"] == [
         *(250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12000)
     ]
+
+
+def test_each_metric_is_explained_with_its_labels() -> None:
+    """In docs/metrics.md, under its profile, in the contract's order."""
+    page = (OBSERVABILITY.parent / "metrics.md").read_text("utf-8")
+    _, both, own = re.split(r"(?m)^## .*\n", page)[:3]
+    rows = [
+        re.findall(r"(?m)^\| `(\w+)` \| (\w+) \| (?:`([^`]*)`)? ?\| (\S.*) \|$", part) for part in (both, own)
+    ]
+    told = [[[name, kind, labels] for name, kind, labels, _ in part] for part in rows]
+    known = [(name, it["type"], ", ".join(it["labels"]), it["profiles"]) for name, it in CONTRACT.items()]
+    assert told[0] == [row for *row, profiles in known if "home" in profiles]
+    assert told[1] == [row for *row, profiles in known if "home" not in profiles]
+    assert all(len(text) > 3 for part in rows for *_, text in part if text != "1")
 
 
 # -- over HTTP -------------------------------------------------------------------------------------
