@@ -120,6 +120,19 @@ BACKPRESSURE = Family(
     labels=("engine", "policy"),
     budget=16,
 )
+PLACEMENT_DECISIONS = Family(
+    name="placement_decisions_total",
+    kind="counter",
+    help="Tasks placed on a replica; pinned: there was only one; fallback: no free VRAM was known.",
+    labels=("outcome", "pinned", "fallback"),
+    budget=8,
+)
+PLACEMENT_CANDIDATES = Family(
+    name="placement_candidates_considered",
+    kind="histogram",
+    help="How many replicas could take a task when it was placed.",
+    buckets=(0, 1, 2, 3, 4, 6, 8),
+)
 LATENCY_FIRST_TOKEN = Family(
     name="latency_first_token_ms",
     kind="histogram",
@@ -198,7 +211,8 @@ BUILD_INFO = Family(
 FAMILIES = (
     *(QUEUE_DEPTH, TASKS_ENQUEUED, TASKS_REJECTED, TOKENS_IN, TOKENS_OUT),
     *(GPU_UTILIZATION, VRAM_USED, MODEL_STATE),
-    *(TASKS_STARTED, TASKS_CANCELED, KV_CACHE_USAGE, BACKPRESSURE, LATENCY_FIRST_TOKEN, LATENCY_DECODE),
+    *(TASKS_STARTED, TASKS_CANCELED, KV_CACHE_USAGE, BACKPRESSURE),
+    *(PLACEMENT_DECISIONS, PLACEMENT_CANDIDATES, LATENCY_FIRST_TOKEN, LATENCY_DECODE),
     *(CANCEL_SECONDS, SLOTS, REPLICA_READY, QUEUE_CAPACITY, TASKS_FAILED, READERS, PREDICTED_START_ERROR),
     *(VRAM_TOTAL, BUILD_INFO),
 )

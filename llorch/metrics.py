@@ -25,6 +25,8 @@ from llorch.measures import (
     LATENCY_DECODE,
     LATENCY_FIRST_TOKEN,
     MODEL_STATE,
+    PLACEMENT_CANDIDATES,
+    PLACEMENT_DECISIONS,
     PREDICTED_START_ERROR,
     QUEUE_CAPACITY,
     QUEUE_DEPTH,
@@ -42,16 +44,18 @@ from llorch.measures import (
     VRAM_USED,
 )
 from llorch.orchestrator import Orchestrator
+from llorch.placement import Decision
 from llorch.pool import Pool
 from llorch.replica import Lease, Replica
 from llorch.series import UNKNOWN, Counter, Histogram, Values, gauge
-from llorch.task import CancelReason, State, Task
+from llorch.task import CancelReason, Priority, State, Task
 from llorch.telemetry import GpuReading, GpuUsage
 
 Rows = Iterable[tuple[Values, float]]
 
-PRIORITIES = ("interactive", "batch")
+PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
 CANCEL_REASONS: tuple[CancelReason, ...] = ("client", "disconnect")
+PLACED, WAITS = "placed", "no_candidate"
 ACTIVE, RETIRED = "Active", "Retired"
 _REASONS = (
     *(errors.InvalidParams, errors.ContextOverflow, errors.BodyTooLarge, errors.DeterminismUnavailable),
@@ -93,13 +97,15 @@ class Metrics:
         self._canceled = Counter(TASKS_CANCELED)
         self._failed = Counter(TASKS_FAILED)
         self._backpressure = Counter(BACKPRESSURE)
+        self._placed = Counter(PLACEMENT_DECISIONS)
+        self._candidates = Histogram(PLACEMENT_CANDIDATES)
         self._first_token = Histogram(LATENCY_FIRST_TOKEN)
         self._decode = Histogram(LATENCY_DECODE)
         self._cancel = Histogram(CANCEL_SECONDS)
         self._start_error = Histogram(PREDICTED_START_ERROR)
         counted: tuple[Counter | Histogram, ...] = (
             *(self._enqueued, self._rejected, self._tokens_in, self._tokens_out, self._started),
-            *(self._canceled, self._failed, self._backpressure),
+            *(self._canceled, self._failed, self._backpressure, self._placed, self._candidates),
             *(self._first_token, self._decode, self._cancel, self._start_error),
         )
         self._counted = {one.family.name: one for one in counted}
@@ -120,6 +126,8 @@ class Metrics:
         self._registry.register(self)
         orchestrator.listeners.append(self._task_moved)
         orchestrator.refusal_listeners.append(self._task_refused)
+        for pool in orchestrator.pools.values():
+            pool.placement_listeners.append(self._task_placed)
 
     def exposition(self) -> bytes:
         """Every series of the profile in the text format 0.0.4."""
@@ -173,12 +181,17 @@ class Metrics:
             run.told_first_token = True
             self._first_token.observe((*run.pool_labels, task.request.priority), task.first_token_ms)
 
+    def _task_placed(self, pool: Pool, task: Task, decision: Decision) -> None:
+        outcome = WAITS if decision.replica_id is None else PLACED
+        self._placed.add((outcome, _yes(decision.pinned), _yes(decision.fallback)))
+        self._candidates.observe((), decision.considered)
+
     def _task_refused(
         self, pool: Pool, refusal: LlorchError, correlation_id: str | None, identity: str | None
     ) -> None:
-        self._rejected.add((_engine(pool), refusal.code))
+        self._rejected.add((pool.engine_name, refusal.code))
         if isinstance(refusal, QueueFull):
-            self._backpressure.add((_engine(pool), refusal.policy_label))
+            self._backpressure.add((pool.engine_name, refusal.policy_label))
 
     # -- what is -----------------------------------------------------------------------------------
 
@@ -186,8 +199,9 @@ class Metrics:
         """All families of the profile, as they are now; called by the registry."""
         for run in self._runs.values():
             self._catch_up(run)
+        self._candidates.prepare(())
         for pool in self._orchestrator.pools.values():
-            if any(replica.ready for replica in _replicas(pool)):  # before that its version is not known
+            if pool.replicas.ready:  # before that its version is not known
                 self._prepare(pool)
         for family in self._families:
             if (counted := self._counted.get(family.name)) is not None:
@@ -197,7 +211,7 @@ class Metrics:
 
     def _prepare(self, pool: Pool) -> None:
         """Make every series appear that may rise: a rise from nothing would not be seen as one."""
-        labels, engine = _pool_labels(pool), _engine(pool)
+        labels, engine = _pool_labels(pool), pool.engine_name
         for refusal in _REASONS:
             self._rejected.add((engine, refusal.code), 0)
         self._backpressure.add((engine, QueueFull.policy_label), 0)
@@ -208,7 +222,7 @@ class Metrics:
             self._start_error.prepare((pool.pool_id, priority))
         for reason in CANCEL_REASONS:
             self._canceled.add((*labels, UNKNOWN, reason), 0)
-        for replica in _replicas(pool):
+        for replica in pool.replicas:
             self._prepare_replica(pool.pool_id, labels, replica.replica_id)
 
     def _prepare_replica(self, pool_id: str, labels: Values, replica_id: str) -> None:
@@ -226,7 +240,7 @@ class Metrics:
     def _of_gpus(self, pool: Pool, amount: Callable[[GpuUsage], int | None]) -> Rows:
         """An amount of each GPU, for every replica that may use it; left out where the GPU can't tell."""
         gpus = self._gpu_reading().gpus
-        for replica in _replicas(pool):
+        for replica in pool.replicas:
             for gpu in gpus:
                 if _may_use(replica, gpu) and (value := amount(gpu)) is not None:
                     yield (*_pool_labels(pool), replica.replica_id, str(gpu.index)), value
@@ -236,7 +250,8 @@ class Metrics:
 
     def _model_states(self) -> Rows:
         """Every model that was seen, and `unknown` while a pool has not told its own."""
-        active = {_model(pool) or UNKNOWN for pool in self._orchestrator.pools.values()}
+        told = (pool.props.model if pool.props else None for pool in self._orchestrator.pools.values())
+        active = {model or UNKNOWN for model in told}
         seen = self._models
         seen |= dict.fromkeys(sorted(active - {UNKNOWN}))
         while len(seen) > _MAX_MODELS and (retired := next((it for it in seen if it not in active), None)):
@@ -255,11 +270,11 @@ def _vram_used(gpu: GpuUsage) -> int | None:
 
 
 def _queue_depth(pool: Pool) -> Rows:
-    return (((*_pool_labels(pool), priority), _depth(pool, priority)) for priority in PRIORITIES)
+    return (((*_pool_labels(pool), priority), pool.queue.depth(priority)) for priority in PRIORITIES)
 
 
 def _slots(pool: Pool) -> Rows:
-    for replica in _replicas(pool):
+    for replica in pool.replicas:
         free = replica.slots - replica.busy - replica.draining if replica.ready else 0
         counts = {"busy": replica.busy, "draining": replica.draining, "free": max(free, 0)}
         for state, count in counts.items():
@@ -267,36 +282,21 @@ def _slots(pool: Pool) -> Rows:
 
 
 def _readiness(pool: Pool) -> Rows:
-    return (((pool.pool_id, replica.replica_id), replica.ready) for replica in _replicas(pool))
-
-
-# -- how a pool is laid out ------------------------------------------------------------------------
-
-
-def _pool_labels(pool: Pool) -> Values:
-    props = pool.replica.props
-    return _engine(pool), props.engine_version if props else None, pool.pool_id
-
-
-def _engine(pool: Pool) -> str:
-    return pool.engine.name
-
-
-def _model(pool: Pool) -> str | None:
-    return pool.replica.props.model if pool.replica.props else None
-
-
-def _replicas(pool: Pool) -> list[Replica]:
-    return [pool.replica]
-
-
-def _may_use(replica: Replica, gpu: GpuUsage) -> bool:
-    return True
-
-
-def _depth(pool: Pool, priority: str) -> int:
-    return len(pool.queue) if priority == "interactive" else 0
+    return (((pool.pool_id, replica.replica_id), replica.ready) for replica in pool.replicas)
 
 
 def _capacities(pool: Pool) -> Rows:
-    return [((pool.pool_id, "interactive"), pool.queue.capacity), ((pool.pool_id, "batch"), 0)]
+    return (((pool.pool_id, priority), pool.queue.capacity(priority)) for priority in PRIORITIES)
+
+
+def _yes(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _pool_labels(pool: Pool) -> Values:
+    return pool.engine_name, pool.engine_version, pool.pool_id
+
+
+def _may_use(replica: Replica, gpu: GpuUsage) -> bool:
+    """Whether its engine may compute on that GPU: on any, if the configuration names none."""
+    return not replica.devices or gpu.index in replica.devices

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -14,13 +16,17 @@ from llorch.errors import ContextOverflow, QueueFull
 from llorch.measures import FAMILIES, Family
 from llorch.metrics import Metrics
 from llorch.orchestrator import Orchestrator
+from llorch.pool import Pool
+from llorch.replica import Replica
 from llorch.series import MAX_VALUE_CHARS, OTHER, Counter, Histogram, gauge, label
+from llorch.task import TaskRequest
 from llorch.telemetry import GpuReading, GpuUsage
 from tests.contract import CONTRACT, MISSING, OBSERVABILITY, lint, of_profile, promtool, samples
 from tests.fakes import Connection, FakeLlamaServer
 from tests.live import TOKEN, Live, eventually, refused
 from tests.memory_engine import MemoryEngine
-from tests.rig import Rig, rig
+from tests.rig import POOL as SETTINGS
+from tests.rig import STREAM, Rig, rig
 from tests.virtualtime import advance, settled, virtual_time
 
 HOME = {  # the home document's list, word by word
@@ -38,6 +44,8 @@ MVP = {
     "tasks_canceled_total": "engine,engine_version,pool_id,replica_id,reason",
     "kv_cache_usage_ratio": "engine,engine_version,pool_id,replica_id",
     "admission_backpressure_events_total": "engine,policy",
+    "placement_decisions_total": "outcome,pinned,fallback",
+    "placement_candidates_considered": "",
     "latency_first_token_ms": "engine,engine_version,pool_id,priority",
     "latency_decode_ms": "engine,engine_version,pool_id,priority",
 }
@@ -132,15 +140,15 @@ async def test_nothing_is_done_per_token() -> None:
             patch.object(Histogram, "observe", autospec=True, side_effect=Histogram.observe) as observed,
         ):
             _, call = await built.running("a")
-            moves, adds = len(built.moves), added.call_count
+            moves, adds, values = len(built.moves), added.call_count, observed.call_count
             for _ in range(1000):
                 call.say("x")
             await settled()
-            assert (len(built.moves), added.call_count, observed.call_count) == (moves, adds, 0)
+            assert (len(built.moves), added.call_count, observed.call_count) == (moves, adds, values)
             call.finish()
             await settled()
             assert len(built.moves) == moves + 1
-            assert added.call_count + observed.call_count <= adds + 4
+            assert added.call_count + observed.call_count <= adds + values + 4
         assert scraper("tokens_out_total", REPLICA) == 1000
 
 
@@ -238,6 +246,66 @@ async def test_a_refusal_is_counted_by_its_code() -> None:
         assert said("tasks_rejected_total", 'engine="memory",reason="ADMISSION_REJECT"') == 1
         assert said("tasks_rejected_total", 'engine="memory",reason="CONTEXT_OVERFLOW"') == 1
         assert said("admission_backpressure_events_total", 'engine="memory",policy="reject"') == 1
+
+
+# -- placement and lanes ---------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def two_replicas() -> AsyncIterator[Pool]:
+    """A pool `big` of `a`, on GPU 0, and `b`, on GPU 1, with a slot each; GPU 1 has more memory free."""
+    engines = [MemoryEngine(), MemoryEngine()]
+    replicas = [
+        Replica(name, engine, slots=None, drain_s=60, devices=(device,))
+        for device, (name, engine) in enumerate(zip("ab", engines, strict=True))
+    ]
+    pool = Pool(
+        "big",
+        "memory",
+        SETTINGS,
+        replicas,
+        on_readiness=lambda *_: None,
+        free_vram=lambda devices: 1000 * (devices[0] + 1),
+    )
+    yield pool
+    await pool.close()
+
+
+@virtual_time
+async def test_a_placement_is_counted() -> None:
+    """By what was decided and how; and how many replicas there were to choose from."""
+    async with two_replicas() as pool:
+        orchestrator = Orchestrator([pool], STREAM, tickets=False)
+        said = Scraper(orchestrator)
+        assert said("placement_candidates_considered_count") == 0
+        await orchestrator.first_probe(1)
+        tasks = [await orchestrator.submit(TaskRequest(prompt="x", priority="batch")) for _ in range(3)]
+        decided = 'outcome="placed",pinned="false",fallback="false"'
+        assert said("placement_decisions_total", decided) == 2
+        assert said("placement_candidates_considered_bucket", 'le="1.0"') == 1
+        assert said("placement_candidates_considered_sum") == 3
+        big = 'engine="memory",engine_version="b1",pool_id="big"'
+        assert [task.replica_id for task in tasks] == ["b", "a", None]
+        for replica in "ab":
+            assert said("tasks_started_total", f'{big},priority="batch",replica_id="{replica}"') == 1
+        assert said("queue_depth", f'{big},priority="batch"') == 1
+        assert said("queue_depth", f'{big},priority="interactive"') == 0
+        assert said("llorch_queue_capacity", 'pool_id="big",priority="batch"') == 256
+        orchestrator.stop()
+        await orchestrator.close()
+
+
+@virtual_time
+async def test_a_gpu_is_shown_for_the_replicas_that_compute_on_it() -> None:
+    """And for no other."""
+    gpus = tuple(GpuUsage(index, "RTX", f"GPU-{index}", 10 + index, 6, 24, 60) for index in range(3))
+    async with two_replicas() as pool:
+        orchestrator = Orchestrator([pool], STREAM, tickets=False)
+        await orchestrator.first_probe(1)
+        text = Scraper(orchestrator, reading=GpuReading("570", gpus)).text()
+        shown = re.findall(r'gpu_utilization{device="(\d)",.*replica_id="(\w)"} (\S+)', text)
+        assert shown == [("0", "a", "10.0"), ("1", "b", "11.0")]
+        orchestrator.stop()
 
 
 # -- what is read ----------------------------------------------------------------------------------
