@@ -160,7 +160,7 @@ CANCEL_SECONDS = Family(
 SLOTS = Family(
     name="llorch_slots",
     kind="gauge",
-    help="Slots of a replica: busy, draining (not let go of after a cancel), free (none while unready).",
+    help="Slots of a replica: busy, draining (cancelled, and not let go of yet), free for a task now.",
     labels=(*_OWN, "state"),
     budget=192,
 )

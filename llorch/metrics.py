@@ -275,8 +275,7 @@ def _queue_depth(pool: Pool) -> Rows:
 
 def _slots(pool: Pool) -> Rows:
     for replica in pool.replicas:
-        free = replica.slots - replica.busy - replica.draining if replica.ready else 0
-        counts = {"busy": replica.busy, "draining": replica.draining, "free": max(free, 0)}
+        counts = {"busy": replica.busy, "draining": replica.draining, "free": replica.free_slots}
         for state, count in counts.items():
             yield (pool.pool_id, replica.replica_id, state), count
 
