@@ -24,7 +24,10 @@ def label(value: str | None) -> str:
     """A label's value: `unknown` for none, no control character, at most MAX_VALUE_CHARS."""
     if not value:
         return UNKNOWN
-    return "".join(char if char.isprintable() else "\ufffd" for char in value[:MAX_VALUE_CHARS])
+    value = value[:MAX_VALUE_CHARS]
+    if value.isprintable():
+        return value
+    return "".join(char if char.isprintable() else "\ufffd" for char in value)
 
 
 class Counter:

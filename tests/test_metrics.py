@@ -532,20 +532,22 @@ async def failing(connection: Connection) -> None:
 
 async def mixed_work(live: Live, engine: FakeLlamaServer) -> None:
     """Tasks that complete, fail, are cancelled waiting and running, and are refused for several reasons."""
-    completed = await live.submit()
-    await live.events(completed)
-    engine.script(failing)
     await live.events(await live.submit())
+    engine.script(failing)
+    await live.events(await live.submit(priority="batch"))
     engine.hold = True
+    headers = {**live.headers, "X-Correlation-Id": MARK, "X-Forwarded-For": MARK, "User-Agent": MARK}
+    refusals = [await live.post({"prompt": HOSTILE, "max_tokens": 4096}, headers=headers)]
     running = await live.submit_held(session_id=HOSTILE, metadata={MARK: HOSTILE})
     waiting = [await live.submit(prompt=HOSTILE) for _ in range(2)]
-    refusals = [
-        await live.post({"prompt": "over"}, headers={**live.headers, "X-Correlation-Id": MARK}),
-        await live.post({"prompt": "a", "pool_id": HOSTILE}),
+    refusals += [
+        await live.post({"prompt": HOSTILE, "session_id": HOSTILE}, headers=headers),
+        await live.post({"prompt": "a", "pool_id": HOSTILE}, headers=headers),
         await live.post({"prompt": "a", MARK: 1}),
-        await live.post({"prompt": "a", "max_tokens": 4096}),
     ]
-    assert [answer.status for answer in refusals] == [429, 404, 400, 429]
+    assert [answer.body["code"] for answer in refusals] == [
+        *("CONTEXT_OVERFLOW", "ADMISSION_REJECT", "UNKNOWN_POOL", "INVALID_PARAMS")
+    ]
     await live.cancel(waiting[0])
     await live.cancel(running)
     await eventually(lambda: not live.replica.draining, "the slot does not come back")
@@ -575,7 +577,7 @@ async def test_a_live_scrape_keeps_the_contract(
     text = await scraped(fake_engine, profile, GPU, monkeypatch)
     assert lint(text, profile) == []
     told = samples(text)
-    for reason, count in {"ADMISSION_REJECT": 2, "CONTEXT_OVERFLOW": 0}.items():
+    for reason, count in {"ADMISSION_REJECT": 1, "CONTEXT_OVERFLOW": 1, "POOL_UNREADY": 0}.items():
         assert told[f'tasks_rejected_total{{engine="llamacpp",reason="{reason}"}}'] == count
     for optional in ("gpu_utilization", "vram_used_bytes", "llorch_vram_total_bytes"):
         assert (f"\n{optional}{{" in text) is (optional in of_profile(profile))
