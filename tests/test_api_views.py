@@ -234,7 +234,6 @@ UNKNOWN = [
     ("GET", "/v1", "NOT_FOUND"),
     ("GET", "/V1/TASKS", "NOT_FOUND"),
     ("POST", "/v1/pools/default/drain", "NOT_FOUND"),
-    ("GET", "/metrics", "NOT_FOUND"),
     ("PROPFIND", "/nope", "NOT_FOUND"),
 ]
 
