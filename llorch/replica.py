@@ -227,12 +227,12 @@ class Replica:
 
     def _release(self, lease: Lease) -> None:
         self.leases.discard(lease)
-        if lease.on_freed is not None:
-            lease.on_freed()
         self._test_if_due()
         if self._retired and not self.leases:
             self._vacated.set()
         self.on_change(self)
+        if lease.on_freed is not None:
+            lease.on_freed()
 
     # -- readiness ----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """docs/observability: dashboard and alerts ask for what there is, and their programs can take them."""
 
+import copy
 import itertools
 import json
 import re
@@ -10,6 +11,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models import dashboard
 
 from tests.contract import CONTRACT, MISSING, OBSERVABILITY, SUFFIXES, promtool
 
@@ -158,6 +162,30 @@ def test_grafana_can_import_the_dashboard() -> None:
     assert label_values[2] in SERIES[label_values[1]]
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(PANELS)))
     assert used == {*variables, "__rate_interval", "__range"}
+
+
+def lost(given: Any, read: Any, path: str = "") -> list[str]:
+    """What of `given` is not in `read`, by its path."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        missing = [f"{path}/{key}" for key in given if key not in read]
+        pairs = [(given[key], read[key], f"{path}/{key}") for key in given if key in read]
+    elif isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
+        missing = []
+        pairs = [(*pair, f"{path}/{number}") for number, pair in enumerate(zip(given, read, strict=True))]
+    else:
+        return [] if given == read else [path]
+    return missing + [it for pair in pairs for it in lost(*pair)]
+
+
+def test_grafanas_own_models_know_every_field() -> None:
+    """Nothing is misspelt: what they read of it is all of it, but for a field that Grafana adds by itself."""
+    register_default_plugins()
+    read = json.loads(JSONEncoder().encode(dashboard.Dashboard.from_json(DASHBOARD)))
+    assert lost(DASHBOARD, read) == ["/templating/list/1/definition"]
+    misspelt = copy.deepcopy(DASHBOARD)
+    misspelt["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
+    read = json.loads(JSONEncoder().encode(dashboard.Dashboard.from_json(misspelt)))
+    assert "/panels/1/fieldConfig/defaults/unitt" in lost(misspelt, read)
 
 
 def test_no_panel_lies_on_another() -> None:

@@ -37,7 +37,7 @@ def plant(owner: type, name: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 @plant(Task, "cancel")
-def cancel_ends_the_task_a_turn_later(self: Task) -> bool:
+def cancel_ends_the_task_a_turn_later(self: Task, reason: str = "client") -> bool:
     if self.state.final:
         return False
     asyncio.get_running_loop().call_soon(_cancel, self)
