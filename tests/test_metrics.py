@@ -296,6 +296,31 @@ async def test_a_placement_is_counted() -> None:
 
 
 @virtual_time
+async def test_after_a_switch_the_gauges_are_those_of_the_new_replicas() -> None:
+    """What the old ones have counted stays, and what they still run is counted."""
+    async with two_replicas() as pool:
+        orchestrator = Orchestrator([pool], STREAM, tickets=False)
+        said = Scraper(orchestrator)
+        await orchestrator.first_probe(1)
+        task = await orchestrator.submit(TaskRequest(prompt="x"))
+        said.text()
+        new = Replica("c", MemoryEngine(), slots=None, drain_s=60)
+        await new.probe()
+        pool.switch([new], SETTINGS)
+        await settled()
+        ready = re.findall(r'llorch_replica_ready{pool_id="big",replica_id="(\w)"} (\S+)', said.text())
+        assert ready == [("c", "1.0")]
+        task.token("x")
+        labels = 'engine="memory",engine_version="b1",pool_id="big",replica_id="{}"'
+        assert said("tokens_out_total", labels.format("b")) == 1
+        assert said("tokens_out_total", labels.format("c")) == 0
+        assert said("llorch_slots", 'pool_id="big",replica_id="b",state="busy"') is None
+        assert lint(said.text(), "mvp") == []
+        orchestrator.stop()
+        await orchestrator.close()
+
+
+@virtual_time
 async def test_a_gpu_is_shown_for_the_replicas_that_compute_on_it() -> None:
     """And for no other."""
     gpus = tuple(GpuUsage(index, "RTX", f"GPU-{index}", 10 + index, 6, 24, 60) for index in range(3))
