@@ -461,13 +461,15 @@ async def test_an_engine_that_changes_its_version_for_ever_stays_in_the_budget()
     """Each new build would bring new series."""
     async with rig(slots=1) as built:
         said = Scraper(built)
-        for number in range(300):
+        for number in range(150):
             built.engine.change(engine_version=f"b{number}", model=f"m{number}")
             await built.replica.probe()
             _, call = await built.running("a")
             call.finish("x")
             await settled()
-            text = said.text()
+            if number % 4 == 0:  # often enough for more models than are kept
+                said.text()
+        text = said.text()
         assert lint(text, "mvp") == []
         assert f'tokens_out_total{{engine="{OTHER}"' in text
 
