@@ -133,7 +133,7 @@ FIELDS = {
     "ReplicaBody.id": "The replica's name in logs and metrics; left out: the pool's with a number.",
     "ReplicaBody.slots": "Concurrent decodes, or `auto` for as many as the engine has.",
     "PoolHealth.determinism": "Whether seeds can be relied on: the best that a ready replica can promise.",
-    "PoolHealth.last_error": "What is wrong, of several replicas with the first that has a fault, by its name.",
+    "PoolHealth.last_error": "What is wrong; of several replicas, with the first that has a fault, by name.",
     "PoolHealth.slots": "The slots of all replicas that are not kept out.",
     "QueueCounts.capacity": "How many interactive tasks may wait; the same as `interactive.capacity`.",
     "QueueCounts.depth": "Tasks that wait, in both lanes.",
@@ -146,8 +146,8 @@ FIELDS = {
     "Status.first_token_ms": "Start to first token of recent tasks, in milliseconds.",
     "Status.tasks": "Those that run, the next of each queue, the newest others; newest first, at most 50.",
     "TaskBody.pool_id": "The pool that is to do it; left out: the default one.",
-    "TaskBody.priority": "The lane of the queue: batch tasks go when no interactive one waits, or when they have "
-    "waited for `queue.batch_promote_s`, which in the home profile is never.",
+    "TaskBody.priority": "The lane of the queue: batch tasks go when no interactive one waits, or when they "
+    "have waited for `queue.batch_promote_s`, which in the home profile is never.",
     "Totals.tokens_out": "Tokens generated since start.",
 }
 

@@ -281,10 +281,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         id="reloadPool",
         tag="pools",
         summary="Give a pool other engines",
-        description="Without a body, or without `replicas`: what the configuration file says of the pool now. "
-        "Every new engine is probed, has to decode and to pass the test of seeds; then all changes in one "
-        "step. The queue keeps every task and its order; engines that go finish what they run. If anything is "
-        "wrong, nothing changes.",
+        description="Without a body, or without `replicas`: what the configuration file says of the pool "
+        "now. Every new engine is probed, has to decode and to pass the test of seeds; then all changes in "
+        "one step. The queue keeps every task and its order; engines that go finish what they run. If "
+        "anything is wrong, nothing changes.",
         parameters=(_POOL_ID,),
         body=control.ReloadBody,
         body_optional=True,

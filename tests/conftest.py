@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,11 @@ async def fake_engine() -> AsyncIterator[FakeLlamaServer]:
         yield engine
 
 
-@pytest.fixture(scope="session")
-def real_engine() -> Iterator[str]:
-    """The URL of a real llama.cpp server with a 135M model, a process of its own."""
-    command = [sys.executable, "scripts/embedded_engine.py", "--port", "0"]
-    command += ["--slots", str(REAL_SLOTS), "--ctx", str(REAL_CTX)]
+@contextmanager
+def embedded_engine(*, port: int = 0, slots: int = REAL_SLOTS) -> Iterator[str]:
+    """The URL of a real llama.cpp server with a 135M model: a process, which is killed at the end."""
+    command = [sys.executable, "scripts/embedded_engine.py", "--port", str(port)]
+    command += ["--slots", str(slots), "--ctx", str(REAL_CTX)]
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # or its threads spin, and crawl once a core is shared
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -54,3 +55,10 @@ def real_engine() -> Iterator[str]:
             yield said.split(" listens on ")[1].strip()
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[str]:
+    """The URL of a real engine for all tests that need one."""
+    with embedded_engine() as url:
+        yield url
