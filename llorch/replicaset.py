@@ -36,7 +36,7 @@ class ReplicaSet:
         self._replicas: list[Replica] = []
         self._retiring: set[Replica] = set()
         self._anchor: Replica | None = None
-        self._made = Made(None, None, None)  # what the ones that work are made with
+        self._made = Made(None, None, None)  # what the anchor told, or the ones before it
         self._on_change = on_change
         self._on_readiness = on_readiness
         self._said: dict[Replica, tuple[bool, str, str | None]] = {}
@@ -225,8 +225,12 @@ class ReplicaSet:
         if self._anchor not in agreed:
             self._anchor = (agreed or able)[0]
         self._made = self._anchor.made.or_else(self._made) if agreed else self._anchor.made
+        made = self._made
+        for replica in sorted(agreed, key=lambda replica: replica.excluded is not None):
+            if disagreement(replica.made, made) is None:  # what it alone can tell holds for the others too
+                made = made.or_else(replica.made)
         for replica in self:
-            reason = disagreement(replica.made, self._made)
+            reason = disagreement(replica.made, made)
             if reason != replica.excluded:
                 replica.exclude(reason)
                 self._say(replica)

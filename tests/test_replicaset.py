@@ -273,6 +273,21 @@ async def test_a_digest_that_comes_late_keeps_one_out() -> None:
 
 
 @virtual_time
+async def test_two_that_differ_are_told_apart_though_the_first_tells_nothing() -> None:
+    """It agrees with either, but they don't with each other: the one that was known first stays."""
+    built = engines(1, 1, 1)
+    for engine, digest in zip(built[1:], ["sha256:a", "sha256:b"], strict=True):
+        engine.change(model_path="/m.gguf")
+        engine.digests["/m.gguf"] = digest
+    gate = built[2].hold("model_digest")
+    async with rig(engines=built) as it:
+        assert faults(it) == [None] * 3
+        gate.set()
+        await settled()
+        assert faults(it) == [None, None, "it has another model (sha256:b…), the pool sha256:a…"]
+
+
+@virtual_time
 async def test_the_same_file_under_another_name_is_the_same_model() -> None:
     """It is kept out as long as only the names are known."""
     built = engines(1, 1, model_path="/m.gguf")

@@ -24,6 +24,8 @@ from llorch.task import Message
 PICK_UP_S = 0.09  # a request may read as idle that long; less than the 100 ms between two looks
 LINGER_S = 0.6  # and the engine may compute that long after its client has gone
 CTX = 64
+VERSIONS = ("b1", "b1", "b1", "b1", "b2")
+DIGESTS = (None, None, None, "sha256:a", "sha256:b")
 
 NO_FAULT = "none"
 FAULTS = (
@@ -53,22 +55,29 @@ class Run:
 
 
 class SimEngine:
-    """Implements `llorch.engine.Engine`; `overload` says what no orchestrator may ever do to it."""
+    """Implements `llorch.engine.Engine`; it adds to `violations` what no orchestrator may ever do to it.
+
+    `version`, `digest`: what it is; a restart may make another of it. `over`: the world has ended, and
+    looking at a closed engine is no fault any more.
+    """
 
     name = "sim"
 
-    def __init__(self, chance: random.Random, slots: int, fault_rate: float) -> None:
+    def __init__(self, chance: random.Random, slots: int, fault_rate: float, violations: list[str]) -> None:
         self.chance = chance
         self.slots = slots
         self.fault_rate = fault_rate
         self.fickle = chance.random() < 0.2
         self.ctx = CTX
+        self.version = chance.choice(VERSIONS)
+        self.digest = chance.choice(DIGESTS)
+        self.over = False
         self.state = "up"
         self.runs: set[Run] = set()
         self.sent: list[Generation] = []
         self.answered: set[str] = set()
         self.open: Counter[str] = Counter()
-        self.violations: list[str] = []
+        self.violations = violations
         self.closed = False
 
     # -- what the world does to it -----------------------------------------------------------------
@@ -85,6 +94,8 @@ class SimEngine:
         """It listens, and says that the model is loading; perhaps it will be another one."""
         self.state = "loading"
         self.ctx = self.chance.choice((CTX, CTX * 2))
+        self.version = self.chance.choice((self.version, *VERSIONS))
+        self.digest = self.chance.choice((self.digest, *DIGESTS))
 
     def come_up(self) -> None:
         """It is ready."""
@@ -94,6 +105,7 @@ class SimEngine:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `prompt:0`, `prompt:1` … with the fault that chance gives this request."""
+        self._must_be_open()
         fault = self.chance.choice(FAULTS) if self.chance.random() < self.fault_rate else NO_FAULT
         self.open[generation.prompt] += 1
         run = Run(generation.prompt, exclusive=not generation.cache_prompt)
@@ -204,25 +216,30 @@ class SimEngine:
 
     async def health(self) -> None:
         """Ready, loading or gone."""
+        self._must_be_open()
         await self._control()
         if self.state == "loading":
             raise EngineLoading("loading", sent=False)
 
     async def props(self) -> Props:
-        """Slots, and a context that a restart may change."""
+        """Slots, and what a restart may change: context, version and, behind a file, the model."""
         await self._control()
-        return Props(slots=self.slots, ctx=self.ctx)
+        path = self.digest and "/model.gguf"
+        return Props(slots=self.slots, ctx=self.ctx, engine_version=self.version, model_path=path)
 
     def keep_spare(self, wanted: bool) -> None:
         """Nothing to prepare."""
 
     async def busy_slots(self) -> int:
         """What was picked up and not let go of yet."""
+        self._must_be_open()
         await self._control()
         return sum(run.picked_up for run in self.runs)
 
     async def _control(self) -> None:
         await self._pause()
+        if self.closed:
+            raise EngineRefused("the adapter is closed", sent=False)
         if self.state == "down":
             raise EngineGone("nobody listens", sent=False)
         if self.chance.random() < self.fault_rate / 10:
@@ -234,8 +251,13 @@ class SimEngine:
             await asyncio.sleep(pause_s)
 
     async def model_digest(self, model_path: str) -> str | None:
-        """There is no file."""
-        return None
+        """Of its file, some time later."""
+        await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.5)))
+        return self.digest
+
+    def _must_be_open(self) -> None:
+        if self.closed and not self.over:
+            self.violations.append("a closed engine is asked")
 
     async def close(self) -> None:
         """No generator may be open any more."""
