@@ -17,8 +17,10 @@ from llorch.engine import EngineBroken, EngineFailure, EngineRefused
 from llorch.eventlog import EventLog
 from llorch.execution import Execution
 from llorch.orchestrator import Orchestrator
+from llorch.placement import Candidate
 from llorch.pool import Pool
 from llorch.replica import Lease, Replica
+from llorch.replicaset import ReplicaSet
 from llorch.task import State, Task
 
 Mutant = Callable[[], AbstractContextManager[Any]]
@@ -62,16 +64,20 @@ def only_one_reader_is_told_of_the_end(self: EventLog, end: bytes, *, recall: bo
 
 @plant(EventLog, "follow")
 async def events_are_read_then_the_end(self: EventLog, position: int = 0) -> Any:
-    while True:
-        batch, after = self.read(position)
-        if batch:
-            yield batch
-            position = after
-        await asyncio.sleep(0)
-        if self.sealed:
-            return
-        if not batch:
-            await self._changed()
+    changed = asyncio.Event()
+    self.watch(changed.set)
+    try:
+        while True:
+            changed.clear()
+            batch, position = self.read(position)
+            if batch:
+                yield batch
+            if self.sealed:
+                return
+            if not batch:
+                await changed.wait()
+    finally:
+        self.unwatch(changed.set)
 
 
 @plant(EventLog, "resume")
@@ -181,8 +187,112 @@ def place_is_given_back_twice(self: Reservation) -> None:
     self._queue.reserved_bytes -= self.size_bytes
 
 
+@plant(AdmissionQueue, "_promoted")
+def promotion_is_forgotten(self: AdmissionQueue) -> int:
+    return 0
+
+
+@plant(AdmissionQueue, "promotes_at")
+def promotion_has_no_timer(self: AdmissionQueue) -> float | None:
+    return None
+
+
+@plant(AdmissionQueue, "start")
+def promoted_batch_work_shuts_out_interactive(self: AdmissionQueue, head: Task) -> None:
+    self.remove(head)
+
+
+@plant(AdmissionQueue, "head")
+@property
+def batch_work_goes_first(self: AdmissionQueue) -> Task | None:
+    return self.lanes["batch"].head or self.lanes["interactive"].head
+
+
+@plant(AdmissionQueue, "position")
+def position_ignores_the_other_lane(self: AdmissionQueue, task: Task) -> int | None:
+    return self.lanes[task.request.priority].position(task)
+
+
+@plant(AdmissionQueue, "reserve")
+def lanes_share_one_bound(self: AdmissionQueue, size_bytes: int, priority: Any, free_slots: int) -> Any:
+    if len(self) + self.reserved >= self.capacity(priority) + free_slots:
+        raise self._refuse(priority, self._full(priority))
+    return _reserve(self, size_bytes, priority, free_slots)
+
+
+@plant(ReplicaSet, "candidates")
+def placement_ignores_readiness(self: ReplicaSet) -> list[Candidate]:
+    return [msgspec.structs.replace(one, ready=True, open=True) for one in _candidates(self)]
+
+
+@plant(ReplicaSet, "candidates")
+def strict_task_goes_to_one_that_failed(self: ReplicaSet) -> list[Candidate]:
+    return [msgspec.structs.replace(one, determinism="verified") for one in _candidates(self)]
+
+
+@plant(ReplicaSet, "candidates")
+def busy_verified_replica_is_not_waited_for(self: ReplicaSet) -> list[Candidate]:
+    return [msgspec.structs.replace(one, ready=one.ready and one.open) for one in _candidates(self)]
+
+
+@plant(Replica, "ready")
+@property
+def kept_out_replica_gets_work(self: Replica) -> bool:
+    return self.able
+
+
+@plant(ReplicaSet, "_agree")
+def kept_out_replica_is_never_let_in(self: ReplicaSet) -> None:
+    excluded = {replica: replica.excluded for replica in self}
+    _agree(self)
+    for replica, reason in excluded.items():
+        replica.excluded = reason or replica.excluded
+
+
+@plant(ReplicaSet, "take")
+def retired_replica_gets_work(self: ReplicaSet, replicas: Any) -> None:
+    _take(self, [*(replica for replica in self if replica not in replicas), *replicas])
+
+
+@plant(ReplicaSet, "take")
+def new_replica_tells_nobody(self: ReplicaSet, replicas: Any) -> None:
+    _take(self, replicas)
+    replicas[-1].on_change = lambda replica: None
+
+
+@plant(ReplicaSet, "_keep")
+async def engine_of_a_retired_replica_is_never_closed(self: ReplicaSet, replica: Replica) -> None:
+    await replica.run()
+
+
+@plant(Replica, "retire")
+def retired_replica_does_not_end_what_it_runs(self: Replica) -> None:
+    self._retired = True
+    self._vacated.set()
+
+
+@plant(Pool, "switch")
+def switch_lets_the_last_go_first(self: Pool, replicas: Any, settings: Any) -> None:
+    for lane in self.queue.lanes.values():
+        if lane.head is not None:
+            lane._waiting.move_to_end(lane.head.id)
+    _switch(self, replicas, settings)
+
+
+@plant(Pool, "draining")
+@property
+def drained_pool_admits(self: Pool) -> bool:
+    return False
+
+
+@plant(Pool, "_drain_is_due")
+def drain_has_no_end(self: Pool) -> None:
+    pass
+
+
 _cancel, _seal, _resume = Task.cancel, EventLog.seal, EventLog.resume
 _close, _try_lease = Lease.close, Replica.try_lease
 _attempt, _admit, _submit = Execution._attempt, AdmissionQueue.admit, Orchestrator.submit
 _run, _withdraw, _start, _choose = Execution.run, Pool.withdraw, Pool._start, pool.choose
-_check_readiness = Pool.check_readiness
+_check_readiness, _switch, _reserve = Pool.check_readiness, Pool.switch, AdmissionQueue.reserve
+_candidates, _agree, _take = ReplicaSet.candidates, ReplicaSet._agree, ReplicaSet.take

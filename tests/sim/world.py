@@ -26,7 +26,7 @@ from tests.sim.loop import SimLoop
 
 LANES: tuple[Priority, ...] = ("interactive", "batch")
 TOO_LONG_S = 600.0
-LET_GO_S = 5.0  # for an engine to be closed, once nothing runs on it any more
+LET_GO_S = 0.5  # for an engine to be closed, once nothing runs on it any more
 
 
 class World:
@@ -52,7 +52,7 @@ class World:
         """From the first probe to the last lease."""
         chance = self.chance
         self.fault_rate = chance.choice((0.0, 0.0, 0.05, 0.3))
-        self.self_test = chance.choice((None, examine))
+        self.strict_rate = chance.choice((0.1, 0.2, 0.4))
         limits = settings(chance)
         self.promote_s = limits.queue.batch_promote_s
         self.replicas = [self._replica() for _ in range(chance.choice((1, 1, 1, 2, 2, 3)))]
@@ -130,7 +130,7 @@ class World:
             engine,
             slots=self.chance.choice((None, 2, 2)),
             drain_s=self.chance.choice((0.3, 60.0)),
-            self_test=self.self_test,
+            self_test=self.chance.choice((None, examine)),
             chance=self.loop.chance,
         )
 
@@ -193,7 +193,7 @@ class World:
 
     async def _client(self, number: int) -> None:
         await asyncio.sleep(self.chance.choice((0.0, 0.0, 0.001, 0.05, 0.2, 0.5)))
-        request = request_of(number, self.chance)
+        request = request_of(number, self.chance, self.strict_rate)
         submit = asyncio.create_task(self.orchestrator.submit(request), name=f"submit-{number}")
         if self.chance.random() < 0.15:  # a client that leaves while its request is looked at
             await asyncio.sleep(self.chance.choice((0.0, 0.001, 0.05)))
@@ -531,10 +531,10 @@ def stream_settings(chance: random.Random) -> StreamSettings:
     )
 
 
-def request_of(number: int, chance: random.Random) -> TaskRequest:
+def request_of(number: int, chance: random.Random, strict_rate: float) -> TaskRequest:
     """A request whose prompt begins with `number|`; some need the engine to count their tokens."""
     prompt = f"{number}|" + "x" * chance.choice((0, 0, 0, 0, CTX - 10, CTX))
-    strict = chance.random() < 0.2
+    strict = chance.random() < strict_rate
     as_messages = chance.random() < 0.3
     return TaskRequest(
         prompt=None if as_messages else prompt,
