@@ -53,6 +53,7 @@ class Orchestrator:
         self._no_readers.set()
         self._abandoned: dict[str, asyncio.TimerHandle] = {}
         self._sweep: asyncio.TimerHandle | None = None
+        self._told = self._on_transition  # one bound method for all tasks
         self.listeners: list[Callable[[Pool, Task, State | None], None]] = []
         self.refusal_listeners: list[Callable[[Pool, LlorchError, str | None, str | None], None]] = []
 
@@ -98,8 +99,8 @@ class Orchestrator:
                 prompt=prompt,
                 max_tokens=max_tokens,
                 pool_id=pool.pool_id,
-                now=asyncio.get_running_loop().time,
-                on_transition=self._on_transition,
+                now=_now,
+                on_transition=self._told,
                 correlation_id=correlation_id,
                 identity=identity,
                 ticket=secrets.token_hex(16) if self._tickets else None,
@@ -279,3 +280,7 @@ class Orchestrator:
             self._sweep.cancel()
         for abandoned in self._abandoned.values():
             abandoned.cancel()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -5,8 +5,9 @@ calls `on_transition`, all in one step. The first terminal transition wins; a la
 """
 
 import enum
-from collections.abc import Callable
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import msgspec
@@ -21,7 +22,7 @@ CancelReason = Literal["client", "disconnect"]
 SAMPLER_PROFILE_VERSION = "1"
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Sampling parameters, all of them sent, so that no engine flag decides; the defaults are profile "1"."""
 
     seed: int | None = None
@@ -39,6 +40,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: bytes | None = None
 
 
+DEFAULT_SAMPLING = Sampling()  # one for all: thousands of tasks may wait
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation, for the engine's own chat template."""
 
@@ -46,18 +51,18 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class TaskRequest(msgspec.Struct, frozen=True, kw_only=True):
+class TaskRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a client asked for, checked; `max_tokens` None means as many as default and context allow."""
 
     prompt: str | None = None
     messages: tuple[Message, ...] = ()
     max_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = DEFAULT_SAMPLING
     determinism: Determinism = "best_effort"
     priority: Priority = "interactive"
     pool_id: str | None = None
     session_id: str | None = None
-    metadata: dict[str, str] = {}
+    metadata: Mapping[str, str] = NO_METADATA
 
     @property
     def size_bytes(self) -> int:
@@ -101,9 +106,10 @@ class Running(Protocol):
 
 
 class Task:
-    """One unit of work. Times are seconds on the injected monotonic clock `now`."""
+    """One unit of work. Times are seconds on the injected monotonic clock `now`, but `created_at` is Unix time."""
 
     __slots__ = (
+        "_log",
         "admitted_at",
         "cancel_reason",
         "cause",
@@ -117,7 +123,6 @@ class Task:
         "identity",
         "last_token_at",
         "lease",
-        "log",
         "max_tokens",
         "now",
         "on_transition",
@@ -152,7 +157,7 @@ class Task:
         ticket: str | None = None,
     ) -> None:
         self.id = task_id
-        self.request = request
+        self.request = msgspec.structs.replace(request, messages=()) if request.messages else request
         self.prompt = prompt
         self.max_tokens = max_tokens
         self.pool_id = pool_id
@@ -163,10 +168,10 @@ class Task:
         self.ticket = ticket
         self.size_bytes = 0
         self.state = State.QUEUED
-        self.log = EventLog()
+        self._log: EventLog | None = None
         self.lease: Running | None = None
         self.replica_id: str | None = None
-        self.created_at = datetime.now(UTC)
+        self.created_at = time.time()
         self.queue_position = 0
         self.predicted_start_ms: int | None = None
         self.prompt_tokens: int | None = None
@@ -182,6 +187,14 @@ class Task:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.ended_at: float | None = None
+
+    @property
+    def log(self) -> EventLog:
+        """The task's events. A task that waits and is not read has but `started`, made when it is looked at."""
+        if self._log is None:
+            self._log = EventLog()
+            self._log.append(frame(0, Started(self.queue_position, self.predicted_start_ms)))
+        return self._log
 
     @property
     def strict(self) -> bool:
@@ -227,11 +240,10 @@ class Task:
         }
 
     def admit(self, queue_position: int, predicted_start_ms: int | None) -> None:
-        """Record the place in the queue and append `started`; once, in the step that admits."""
+        """Record the place in the queue, which is what `started` says; once, in the step that admits."""
         self.queue_position = queue_position
         self.predicted_start_ms = predicted_start_ms
         self.admitted_at = self.now()
-        self.log.append(frame(0, Started(queue_position, predicted_start_ms)))
         self.on_transition(self, None)
 
     def start(self, lease: Running) -> bool:
@@ -312,7 +324,9 @@ class Task:
         self.ended_at = self.now()
         self.log.seal(terminal, recall=recall)
         self.prompt = ""  # nobody needs it any more, and it may be megabytes
-        self.request = msgspec.structs.replace(self.request, prompt=None, messages=(), sampling=Sampling())
+        self.request = msgspec.structs.replace(
+            self.request, prompt=None, messages=(), sampling=DEFAULT_SAMPLING
+        )
         self.lease = None
 
     def _move(self, state: State) -> bool:

@@ -7,6 +7,7 @@ Absent and null are different: an optional field may be left out, never null.
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -15,7 +16,17 @@ from msgspec import UNSET, Meta, UnsetType
 from llorch.errors import InvalidParams, LlorchError, QueueFull, ReloadFailed, ReloadStep
 from llorch.events import Error, FinishReason
 from llorch.logs import timestamp
-from llorch.task import Determinism, Message, Priority, Sampling, State, Task, TaskRequest
+from llorch.task import (
+    DEFAULT_SAMPLING,
+    NO_METADATA,
+    Determinism,
+    Message,
+    Priority,
+    Sampling,
+    State,
+    Task,
+    TaskRequest,
+)
 
 MAX_STOP_BYTES = 128
 MAX_GRAMMAR_BYTES = 64 * 1024
@@ -99,7 +110,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pool_id: str
     replica_id: str | None = None
     session_id: str | None = None
-    metadata: dict[str, str] | UnsetType = UNSET
+    metadata: Mapping[str, str] | UnsetType = UNSET
     queue_position: Count | None
     predicted_start_ms: Count | None = None
     tokens_in: Count | None = None
@@ -203,12 +214,12 @@ def _request(said: TaskBody, max_tokens: int) -> TaskRequest:
         prompt=_or(said.prompt, None),
         messages=_or(said.messages, ()),
         max_tokens=_or(said.max_tokens, None),
-        sampling=Sampling(**given),
+        sampling=Sampling(**given) if given else DEFAULT_SAMPLING,
         determinism=_or(said.determinism, "best_effort" if said.seed is UNSET else "strict"),
         priority=said.priority,
         pool_id=_or(said.pool_id, None),
         session_id=_or(said.session_id, None),
-        metadata=_or(said.metadata, {}),
+        metadata=_or(said.metadata, NO_METADATA),
     )
 
 
@@ -298,7 +309,7 @@ def snapshot(task: Task, queue_position: int | None, *, with_stream_url: bool) -
         predicted_start_ms=task.predicted_start_ms,
         tokens_in=task.tokens_in,
         tokens_out=task.tokens_out,
-        created_at=timestamp(task.created_at),
+        created_at=timestamp(datetime.fromtimestamp(task.created_at, UTC)),
         timings=Timings(
             queue_ms=task.queue_ms, first_token_ms=task.first_token_ms, decode_time_ms=task.decode_time_ms
         ),

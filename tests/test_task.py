@@ -1,7 +1,7 @@
 """A task's states: every transition, legal or not, and what it leaves in log and counts."""
 
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -206,6 +206,29 @@ def test_a_failure_keeps_its_tokens() -> None:
     assert (task.error, task.cause) == (ERROR, "for the log")
 
 
+def test_a_waiting_task_that_nobody_reads_has_no_frames() -> None:
+    """`started` is as of admission whenever it is looked at, and until then costs no memory."""
+    kept = Kept()
+    assert kept.task._log is None
+    kept.clock.now += 60
+    assert events(kept.task) == [Event(0, "started", {"queue_position": 2, "predicted_start_ms": 1500})]
+    assert kept.task.log is kept.task.log
+
+
+def test_waiting_tasks_share_what_was_not_asked_for() -> None:
+    """Sampling and metadata that were not given are the same objects; rendered messages are let go of."""
+    tasks = [
+        Task(
+            "1", TaskRequest(messages=(Message("user", "x"),)), prompt="<x>", max_tokens=1, pool_id="p",
+            now=Clock(), on_transition=lambda *_: None,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    assert tasks[0].request.sampling is tasks[1].request.sampling
+    assert tasks[0].request.metadata is tasks[1].request.metadata
+    assert tasks[0].request.messages == ()
+
+
 # -- the lease -------------------------------------------------------------------------------------
 
 
@@ -298,11 +321,9 @@ def test_log_fields_are_these_and_carry_no_text() -> None:
     }
 
 
-def test_created_at_is_the_wall_clock_in_utc() -> None:
+def test_created_at_is_unix_time() -> None:
     """The one thing that is not on the monotonic clock."""
-    created_at = Kept().task.created_at
-    assert created_at.tzinfo is UTC
-    assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=10)
+    assert abs(time.time() - Kept().task.created_at) < 600
 
 
 def test_size_is_in_bytes_of_utf8() -> None:

@@ -544,7 +544,7 @@ def make_task(clock: Clock, *, ticket: str | None = None, **fields: Any) -> Task
         on_transition=lambda task, previous: None,
         ticket=ticket,
     )
-    task.created_at = datetime(2026, 1, 2, 3, 4, 5, 678_900, UTC)
+    task.created_at = datetime(2026, 1, 2, 3, 4, 5, 678_900, UTC).timestamp()
     task.admit(2, 250)
     return task
 
