@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
+from multidict import istr
 
 from llorch import control, openapi, operations, wire
 from llorch.errors import (
@@ -63,6 +64,8 @@ SETTINGS = web.AppKey("settings", ApiSettings)
 CORRELATION_ID = web.RequestKey("correlation_id", str)
 IDENTITY = web.RequestKey("identity", str)
 
+_X_CONTENT_TYPE_OPTIONS = istr("X-Content-Type-Options")  # as keys these cost nothing to convert
+_X_CORRELATION_ID = istr("X-Correlation-Id")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _EVENT_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 _PREFLIGHT = {
@@ -140,12 +143,14 @@ def _target_host(request: web.Request) -> str | None:
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "llorch"
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers.update(request.app[GATE].cors_headers(request.headers))
-    if not request.app[SETTINGS].home and CORRELATION_ID in request:
-        response.headers["X-Correlation-Id"] = request[CORRELATION_ID]
+    headers, app = response.headers, request.app
+    headers[hdrs.SERVER] = "llorch"
+    headers[hdrs.CACHE_CONTROL] = "no-store"
+    headers[_X_CONTENT_TYPE_OPTIONS] = "nosniff"
+    if cors := app[GATE].cors_headers(request.headers):
+        headers.update(cors)
+    if not app[SETTINGS].home and CORRELATION_ID in request:
+        headers[_X_CORRELATION_ID] = request[CORRELATION_ID]
 
 
 async def _ignore_expect(request: web.Request) -> None:
@@ -153,7 +158,7 @@ async def _ignore_expect(request: web.Request) -> None:
 
 
 def _correlation_id(request: web.Request) -> str:
-    given = request.headers.get("X-Correlation-Id", "")
+    given = request.headers.get(_X_CORRELATION_ID, "")
     return given if _SANE_ID.fullmatch(given) else str(uuid.uuid4())
 
 
@@ -194,7 +199,7 @@ async def create_task(request: web.Request) -> web.Response:
         identity=request[IDENTITY],
     )
     answer = wire.created(task, None if settings.home else correlation_id)
-    return _json(answer, status=202, headers={"Location": f"/v1/tasks/{task.id}"})
+    return _json(answer, status=202, headers={hdrs.LOCATION: f"/v1/tasks/{task.id}"})
 
 
 async def list_tasks(request: web.Request) -> web.Response:

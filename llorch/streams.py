@@ -9,16 +9,18 @@ import logging
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_writer import StreamWriter
-from aiohttp_sse import EventSourceResponse
+from multidict import istr
 
 from llorch.eventlog import EventLog
 
 logger = logging.getLogger("llorch.streams")
 
 STALLED_WRITE_S = 120.0
+_HEADERS = {hdrs.CONTENT_TYPE: "text/event-stream", istr("X-Accel-Buffering"): "no"}
+_PING = b": ping\n\n"
 
 
 class Aside(Protocol):
@@ -52,6 +54,7 @@ class _Reader:
         self._log, self._position, self._chunked = log, position, chunked
         self._protocol, self._transport = protocol, transport
         self._notice: asyncio.Future[None] | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
 
     async def until_noticed(self) -> None:
         """Return when the transport is full, or the end was written."""
@@ -87,12 +90,28 @@ class _Reader:
 
     def say(self, frame: bytes) -> bool:
         """Write a frame that is in no log, unless the transport holds something; False if it does."""
-        if self.stalled or self._position < self._log.next_id or self._transport.is_closing():
+        if self.stalled or self.ended or self._position < self._log.next_id or self._transport.is_closing():
             return False
         self._transport.write(b"%x\r\n%b\r\n" % (len(frame), frame) if self._chunked else frame)
         self.stalled = self._protocol.writing_paused
         self._notice_if_needed()
         return True
+
+    def ping_every(self, seconds: float) -> None:
+        """Write a comment so often, from one interval on, unless the transport holds something."""
+        loop = asyncio.get_running_loop()
+
+        def ping() -> None:
+            self.say(_PING)
+            self._heartbeat = loop.call_later(seconds, ping)
+
+        self._heartbeat = loop.call_later(seconds, ping)
+
+    def stop(self) -> None:
+        """Write nothing of its own accord any more."""
+        self._log.unwatch(self.changed)
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
 
 
 async def write_events(
@@ -103,8 +122,7 @@ async def write_events(
     aside: Aside | None = None,
 ) -> web.StreamResponse:
     """Send `log` from `position` on until its terminal event was written; a stalled reader is cut off."""
-    response = EventSourceResponse(sep="\n", ping_interval=heartbeat_s, send_timeout=STALLED_WRITE_S)
-    response.headers["Connection"] = "close"
+    response = web.StreamResponse(headers=_HEADERS)
     response.force_close()
     writer = cast(StreamWriter, await response.prepare(request))
     transport = request.transport
@@ -114,17 +132,17 @@ async def write_events(
     reader = _Reader(log, position, request.protocol, transport, chunked=writer.chunked)
     log.watch(reader.changed)
     try:
-        async with response:
-            reader.write()
-            if aside is not None:
-                aside.start(reader.say)
-            while not reader.ended:
-                await reader.until_noticed()
-                if reader.stalled:
-                    async with asyncio.timeout(STALLED_WRITE_S):
-                        await writer.drain()
-                    reader.stalled = False
-                    reader.write()
+        reader.write()
+        reader.ping_every(heartbeat_s)
+        if aside is not None:
+            aside.start(reader.say)
+        while not reader.ended:
+            await reader.until_noticed()
+            if reader.stalled:
+                async with asyncio.timeout(STALLED_WRITE_S):
+                    await writer.drain()
+                reader.stalled = False
+                reader.write()
         async with asyncio.timeout(STALLED_WRITE_S):
             await response.write_eof()
     except TimeoutError:
@@ -132,7 +150,7 @@ async def write_events(
     except ConnectionError:
         pass  # the reader has gone
     finally:
-        log.unwatch(reader.changed)
+        reader.stop()
         if aside is not None:
             aside.stop()
     return response

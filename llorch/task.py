@@ -106,7 +106,7 @@ class Running(Protocol):
 
 
 class Task:
-    """One unit of work. Times are seconds on the injected monotonic clock `now`, but `created_at` is Unix time."""
+    """One unit of work. Times are seconds on the injected monotonic `now`; `created_at` is Unix time."""
 
     __slots__ = (
         "_log",
@@ -190,7 +190,7 @@ class Task:
 
     @property
     def log(self) -> EventLog:
-        """The task's events. A task that waits and is not read has but `started`, made when it is looked at."""
+        """The task's events; made when looked at: a waiting task that nobody reads has but `started`."""
         if self._log is None:
             self._log = EventLog()
             self._log.append(frame(0, Started(self.queue_position, self.predicted_start_ms)))

@@ -361,6 +361,22 @@ async def test_a_frame_aside_is_written_only_to_an_empty_transport(chunked: bool
     assert wire.written == expected
 
 
+async def test_nothing_is_written_after_the_end() -> None:
+    """Neither a frame aside nor a heartbeat comes behind the terminal event [C3]."""
+    log, wire = EventLog(), Wire()
+    reader: Any = _Reader(log, 0, wire, wire, chunked=False)  # type: ignore[arg-type]
+    log.watch(reader.changed)
+    reader.ping_every(0.0)
+    log.seal(b"end")
+    reader.write()
+    assert reader.ended
+    assert not reader.say(b"too late")
+    for _ in range(3):
+        await asyncio.sleep(0)  # the heartbeat is due
+    reader.stop()
+    assert wire.written == [b"end"]
+
+
 @pytest.mark.parametrize("value", ["", "2", "true", "yes", "%00", "01"])
 async def test_a_value_that_asks_for_nothing_we_know(fake_engine: FakeLlamaServer, value: str) -> None:
     """400 that names the parameter."""
