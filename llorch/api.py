@@ -84,7 +84,7 @@ def make_app(
     metrics: Metrics,
 ) -> web.Application:
     """The application with every route of its profile."""
-    app = web.Application(middlewares=[answer_refusals, guard])
+    app = web.Application(middlewares=[answer_refusals])
     app[ORCHESTRATOR], app[GATE], app[SETTINGS], app[STATUS] = orchestrator, gate, settings, status
     app[METRICS], app[OUTLOOK], app[RELOADER] = metrics, Outlook(orchestrator), reloader
     app.on_response_prepare.append(_add_headers)
@@ -104,6 +104,8 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
     """Every refusal as the envelope; what is no refusal is a bug, logged and answered as one."""
     request[CORRELATION_ID] = _correlation_id(request)
     try:
+        if _guard(request):
+            return web.Response(status=204, headers=_PREFLIGHT)
         return await handler(request)
     except LlorchError as error:
         return _refuse(request, error)
@@ -121,20 +123,19 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
         return _refuse(request, InternalError("a bug in llorch; its log has more under this correlation id"))
 
 
-@web.middleware
-async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Host and Origin, then the token, before anything else."""
+def _guard(request: web.Request) -> bool:
+    """Host and Origin, then the token, before anything else; True if it is a preflight to be answered."""
     gate, headers = request.app[GATE], request.headers
     page = request.match_info.handler is get_page
     gate.check_site(headers, _target_host(request), navigable=page)
     if request.method == "OPTIONS" and gate.allows_cors(headers):
-        return web.Response(status=204, headers=_PREFLIGHT)
+        return True
     if page:
-        return await handler(request)  # static, no data: open to whoever passed the checks above
+        return False  # static, no data: open to whoever passed the checks above
     by_ticket = request.match_info.handler is stream_task and "ticket" in request.query
     if not (by_ticket and gate.token_needed and "Authorization" not in headers):
         request[IDENTITY] = gate.identify(request.remote, headers)
-    return await handler(request)
+    return False
 
 
 def _target_host(request: web.Request) -> str | None:
@@ -404,5 +405,7 @@ async def _expect_no_body(request: web.Request) -> None:
 
 
 def _last_event_id(request: web.Request) -> int | None:
-    given = request.headers.get("Last-Event-ID", request.query.get("last_event_id", ""))
+    given = request.headers.get("Last-Event-ID")
+    if given is None:
+        given = request.query.get("last_event_id", "")
     return int(given) if _EVENT_ID.fullmatch(given) else None

@@ -4,7 +4,7 @@ The one rule: an adapter maps every foreign exception to an `EngineFailure` here
 failure means by its class alone, never by its text.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -101,13 +101,15 @@ class Chunk(msgspec.Struct, frozen=True):
 
     `begun` marks what comes before the first token: a slot has begun on the prompt, and is as far with it as
     `prefill` says, if it does. Any other chunk without text is progress: a token that is only part of a
-    character.
+    character. `hang_up`, on the first chunk, closes the connection in the step that calls it; the iterator is
+    to be closed then, too.
     """
 
     texts: list[str]
     final: Final | None = None
     begun: bool = False
     prefill: Prefill | None = None
+    hang_up: Callable[[], None] | None = None
 
 
 BEGUN = Chunk([], begun=True)

@@ -87,8 +87,6 @@ class Execution:
         wall = started + settings.wall_s
         slack_s = min(MAX_IDLE_SLACK_S, settings.idle_s / 16)
         renew_at = 0.0
-        silence = f"no token for {settings.idle_s:g} s, or over {settings.wall_s:g} s in all"
-        phase = f"no token within {settings.first_token_s:g} s of dispatch"
         try:
             async with asyncio.timeout_at(min(started + settings.first_token_s, wall)) as deadline:
                 lease.sent = True
@@ -96,6 +94,8 @@ class Execution:
                     async for chunk in chunks:
                         lease.answered = True
                         if chunk.begun:
+                            if chunk.hang_up is not None:
+                                lease.hang_up = chunk.hang_up
                             if chunk.prefill is not None:
                                 task.prefill(chunk.prefill.total, chunk.prefill.done)
                             continue
@@ -107,13 +107,14 @@ class Execution:
                         if (now := task.now()) >= renew_at:  # not for each token: moving a timer is dear
                             renew_at = now + slack_s
                             self._replica.progress()
-                            phase = silence
                             deadline.reschedule(min(renew_at + settings.idle_s, wall))
         except EngineFailure as failure:
             lease.sent = failure.sent
             return failure
         except TimeoutError:
-            return EngineStalled(phase)
+            if not renew_at:
+                return EngineStalled(f"no token within {settings.first_token_s:g} s of dispatch")
+            return EngineStalled(f"no token for {settings.idle_s:g} s, or over {settings.wall_s:g} s in all")
         return EngineBroken("the engine's stream ended without its final frame")
 
     def _complete(self, final: Final) -> None:

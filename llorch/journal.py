@@ -17,6 +17,8 @@ log = logging.getLogger("llorch.journal")
 def task_moved(pool: Pool, task: Task, previous: State | None) -> None:
     """Write down a transition; `previous` is None at admission."""
     level, event, message = _sentence(task, previous)
+    if not log.isEnabledFor(level):
+        return
     log.log(level, message, extra={"event": event, **pool.log_fields(), **task.log_fields()})
 
 

@@ -54,7 +54,25 @@ class Lease:
     It is *active* until closed; closed uncleanly it *drains*, and still counts, until the engine let go.
     `sent`: whether anything may have reached the engine under it; `answered`: the engine has begun on it.
     `on_freed` is called once, when the slot is free again.
+    `hang_up` closes the connection at once; the runner would get to it a turn or two of the loop later.
     """
+
+    __slots__ = (
+        "_drained",
+        "answered",
+        "closed",
+        "draining",
+        "draining_since",
+        "exclusive",
+        "hang_up",
+        "idle_looks",
+        "on_freed",
+        "replica",
+        "replica_id",
+        "runner",
+        "sent",
+        "since",
+    )
 
     def __init__(self, replica: "Replica", *, exclusive: bool) -> None:
         self.replica = replica
@@ -68,12 +86,15 @@ class Lease:
         self.sent = False
         self.answered = False
         self.on_freed: Callable[[], None] | None = None
+        self.hang_up: Callable[[], None] | None = None
         self._drained: asyncio.Future[None] | None = None
 
     def interrupt(self) -> None:
-        """Stop the engine's work: the runner is cancelled, which closes its connection. Plain."""
+        """Stop the engine's work: its connection is closed, and the runner cancelled. Plain."""
         if self.runner is not None and self.runner is not asyncio.current_task():
             self.runner.cancel()
+            if self.hang_up is not None:
+                self.hang_up()
 
     def close(self, *, clean: bool) -> None:
         """Give the slot back: at once if `clean`, else once it has drained. Plain, final, idempotent."""

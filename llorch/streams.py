@@ -40,6 +40,18 @@ class _Reader:
     needs one: where the transport is full, and the end.
     """
 
+    __slots__ = (
+        "_chunked",
+        "_heartbeat",
+        "_log",
+        "_notice",
+        "_position",
+        "_protocol",
+        "_transport",
+        "ended",
+        "stalled",
+    )
+
     def __init__(
         self,
         log: EventLog,

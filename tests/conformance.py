@@ -10,7 +10,6 @@ import contextlib
 import pytest
 
 from llorch.engine import (
-    BEGUN,
     Engine,
     EngineContextOverflow,
     EngineInvalidRequest,
@@ -88,11 +87,11 @@ class EngineConformance:
         assert final == Final("length", tokens_out=5, tokens_in=await engine.tokenize(PROMPT))
 
     async def test_the_first_chunk_says_that_a_slot_has_begun(self, engine: Engine) -> None:
-        """`BEGUN` comes first, then how far the prompt is, never less than before, all before any text."""
+        """`begun` comes first, then how far the prompt is, never less than before, all before any text."""
         chunks = [chunk async for chunk in engine.generate(strict(max_tokens=3))]
         begun = [chunk for chunk in chunks if chunk.begun]
         assert chunks[: len(begun)] == begun
-        assert begun[0] == BEGUN
+        assert (begun[0].texts, begun[0].prefill) == ([], None)
         assert not any(chunk.texts for chunk in begun)
         prefills = [chunk.prefill for chunk in begun[1:] if chunk.prefill is not None]
         assert len(prefills) == len(begun) - 1
@@ -155,7 +154,7 @@ class EngineConformance:
             generate(engine, Generation(prompt=PROMPT, max_tokens=40, sampling=Sampling(temperature=0.5)))
         )
         chunks = engine.generate(Generation(prompt=PROMPT, max_tokens=400, sampling=Sampling()))
-        assert await anext(chunks) is BEGUN
+        assert (await anext(chunks)).begun
         await chunks.aclose()
         _, final = await beside
         assert final.tokens_out > 0

@@ -18,7 +18,6 @@ from aioresponses import aioresponses
 
 from llorch.adapters.llamacpp import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, LlamaCpp
 from llorch.engine import (
-    BEGUN,
     Chunk,
     EngineBroken,
     EngineContextOverflow,
@@ -410,7 +409,7 @@ async def test_a_token_is_handed_on_before_the_next_one_comes(
     """Streaming is streaming: each token is out before the engine has made another."""
     fake_engine.hold = True
     chunks = llama.generate(HELLO)
-    assert await anext(chunks) is BEGUN
+    assert (await anext(chunks)).begun
     connection = await fake_engine.started(1)
     for text in ["one", "two", "three"]:
         await connection.token(text)
@@ -429,7 +428,7 @@ async def test_it_says_how_far_the_prompt_is(llama: LlamaCpp, fake_engine: FakeL
     """Each as it comes; it counts as begun, for there is no token yet."""
     fake_engine.hold = True
     chunks = llama.generate(HELLO)
-    assert await anext(chunks) is BEGUN
+    assert (await anext(chunks)).begun
     connection = await fake_engine.started(1)
     for done in (0, 512, 700):
         await connection.progress(done, 700)
@@ -444,7 +443,7 @@ async def test_progress_beside_tokens_is_not_told(llama: LlamaCpp, fake_engine: 
     progress = prompt_progress('{"total":7,"cache":0,"processed":7,"time_ms":1}')
     fake_engine.script(streams(progress + token("a"), progress + token(""), token("b"), FINAL))
     chunks = [chunk async for chunk in llama.generate(HELLO)]
-    assert chunks[0] is BEGUN
+    assert chunks[0].begun
     assert not any(chunk.begun for chunk in chunks[1:])
     assert [text for chunk in chunks for text in chunk.texts] == ["a", "b"]
 
@@ -485,16 +484,16 @@ async def test_an_engine_that_knows_no_progress_is_fine(
 async def test_it_says_when_a_slot_has_begun_and_not_before(
     llama: LlamaCpp, fake_engine: FakeLlamaServer
 ) -> None:
-    """`BEGUN` comes once, with the headers; a request that waits for a slot, or is refused, has none."""
+    """`begun` comes once, with the headers; a request that waits for a slot, or is refused, has none."""
     fake_engine.slots, fake_engine.hold = 1, True
     first, second = llama.generate(HELLO), llama.generate(HELLO)
-    assert await anext(first) is BEGUN
+    assert (await anext(first)).begun
     waiting = asyncio.ensure_future(anext(second))
     await fake_engine.until(lambda: fake_engine.waited == 1)
     assert not waiting.done()
     await fake_engine.held[0].finish()
     assert [chunk.begun for chunk in [chunk async for chunk in first]] == [False]
-    assert await waiting is BEGUN
+    assert (await waiting).begun
     await second.aclose()
     fake_engine.script(answers(400), answers(500), says())
     for _ in range(3):
@@ -514,7 +513,7 @@ async def test_pings_are_not_progress(llama: LlamaCpp, fake_engine: FakeLlamaSer
 
     fake_engine.script(script)
     begun, *chunks = [chunk async for chunk in llama.generate(HELLO)]
-    assert begun is BEGUN
+    assert begun.begun
     assert [text for chunk in chunks for text in chunk.texts] == ["at last"]
     assert len(chunks) <= 2
 
@@ -675,7 +674,7 @@ async def test_an_event_that_came_whole_before_the_break_is_shown(
     """A token that was read before the connection broke stays [E9, E18]."""
     fake_engine.hold = True
     chunks = llama.generate(HELLO)
-    assert await anext(chunks) is BEGUN
+    assert (await anext(chunks)).begun
     await fake_engine.held[0].token("kept")
     assert await anext(chunks) == Chunk(["kept"])
     await fake_engine.kill()
@@ -897,13 +896,29 @@ async def test_cancelling_the_reader_closes_the_connection(
     await fake_engine.until(lambda: not fake_engine.open_connections)
 
 
+async def test_hanging_up_closes_the_connection_before_the_iterator(
+    llama: LlamaCpp, fake_engine: FakeLlamaServer
+) -> None:
+    """The engine sees it at once, though nobody has closed the iterator yet; twice is once [MVP-032]."""
+    fake_engine.script(_decode)
+    chunks = llama.generate(HELLO)
+    hang_up = (await anext(chunks)).hang_up
+    assert hang_up is not None
+    hang_up()
+    hang_up()
+    await fake_engine.closed(1)
+    with pytest.raises(EngineBroken):
+        _ = [chunk async for chunk in chunks]
+    await fake_engine.idle()
+
+
 async def test_closing_the_iterator_closes_the_connection(
     llama: LlamaCpp, fake_engine: FakeLlamaServer
 ) -> None:
     """A consumer that has enough after a token leaves nothing behind."""
     fake_engine.script(_decode)
     chunks = llama.generate(HELLO)
-    assert [await anext(chunks), await anext(chunks)] == [BEGUN, Chunk(["one"])]
+    assert [(await anext(chunks)).begun, await anext(chunks)] == [True, Chunk(["one"])]
     await chunks.aclose()
     await fake_engine.closed(1)
     await fake_engine.idle()

@@ -177,6 +177,21 @@ async def test_interrupt_cancels_the_runner_but_never_itself() -> None:
         lease.close(clean=True)
 
 
+@virtual_time
+async def test_interrupt_hangs_up_in_the_same_step() -> None:
+    """The connection is closed by the time it returns; the runner finds itself cancelled, not broken off."""
+    async with watched(MemoryEngine(slots=1)) as replica:
+        lease = replica.try_lease(exclusive=False)
+        assert lease is not None
+        runner = lease.runner = asyncio.create_task(asyncio.Event().wait())  # type: ignore[assignment]
+        cancelling: list[int] = []
+        lease.hang_up = lambda: cancelling.append(runner.cancelling())
+        lease.interrupt()
+        assert cancelling == [1]
+        await asyncio.wait({runner})
+        lease.close(clean=True)
+
+
 # -- draining --------------------------------------------------------------------------------------
 
 

@@ -6,23 +6,25 @@ the only cancel llama.cpp knows, so each generation has a connection of its own.
 """
 
 import asyncio
+import contextlib
+import functools
 import hashlib
 import ipaddress
 import os
+import socket
 import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, TypeVar
 
 import aiohttp
 import msgspec
+from aiohttp import hdrs
 from msgspec import UNSET
 from yarl import URL
 
 from llorch.adapters.spare import SpareRequest
 from llorch.adapters.sse import EventTooLong, ServerEvent, SseParser
 from llorch.engine import (
-    BEGUN,
     Chunk,
     EngineBroken,
     EngineContextOverflow,
@@ -60,6 +62,13 @@ _FINAL_FIELDS = [
     "tokens_cached",
     "timings",
 ]
+
+_FOREIGN = (
+    aiohttp.ClientError,
+    OSError,
+    ValueError,
+    EventTooLong,
+)  # what an exchange with an engine may raise
 
 T = TypeVar("T")
 
@@ -139,9 +148,10 @@ class LlamaCpp:
         self.place = f"{endpoint} ({told_at}.endpoint)"
         socket_path = endpoint.removeprefix(_UNIX) if endpoint.startswith(_UNIX) else None
         self.url = URL(endpoint) if socket_path is None else URL("http://localhost")
+        self._url_of = functools.cache(self.url.with_path)
         self._control_timeout = aiohttp.ClientTimeout(total=control_s, sock_connect=connect_s)
         self._generation_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers: dict[str, str] = {hdrs.AUTHORIZATION: f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True)
             if socket_path is None
@@ -149,9 +159,9 @@ class LlamaCpp:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={
                 **headers,
-                "Accept-Encoding": "identity",
-                "Content-Type": "application/json",
-                "User-Agent": "llorch",
+                hdrs.ACCEPT_ENCODING: "identity",
+                hdrs.CONTENT_TYPE: "application/json",
+                hdrs.USER_AGENT: "llorch",
             },
             auto_decompress=False,
             trust_env=False,
@@ -166,14 +176,16 @@ class LlamaCpp:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Chunk, None]:
         """Stream `/completion`; closing the iterator closes the connection, which is the engine's cancel."""
-        with _mapped(self.place) as progress:
+        answered = False
+        try:
             async with await self._spare.request(_completion_body(generation)) as response:
-                progress.answered = True
+                answered = True
                 await _check_status(response)
                 self._spare.prepare()
                 if response.content_type != "text/event-stream" or "Content-Encoding" in response.headers:
                     raise EngineBroken("/completion answered no event stream", detail=response.content_type)
-                yield BEGUN  # the engine sends its headers when a slot takes the prompt
+                # The engine sends its headers when a slot takes the prompt.
+                yield Chunk([], begun=True, hang_up=functools.partial(_hang_up, response))
                 parser = SseParser(MAX_EVENT_BYTES)
                 while block := await response.content.readany():
                     if (text := _one_token(block)) and parser.between_events:
@@ -190,6 +202,8 @@ class LlamaCpp:
                         yield chunk
                     if broken is not None:
                         raise broken
+        except _FOREIGN as error:
+            raise self._failure(error, answered=answered) from error
         raise EngineBroken("the engine's stream ended without its final frame")
 
     def keep_spare(self, wanted: bool) -> None:
@@ -269,7 +283,7 @@ class LlamaCpp:
         if self._session.closed:
             raise EngineRefused("the adapter is closed", sent=False)
         return self._session.request(
-            method, self.url.with_path(path), data=body, timeout=timeout, allow_redirects=False
+            method, self._url_of(path), data=body, timeout=timeout, allow_redirects=False
         )
 
     async def _ask(
@@ -281,17 +295,45 @@ class LlamaCpp:
         *,
         limit: int = MAX_ANSWER_BYTES,
     ) -> T:
-        with _mapped(self.place) as progress:
+        answered = False
+        try:
             async with self._request(method, path, body, self._control_timeout) as response:
-                progress.answered = True
+                answered = True
                 await _check_status(response)
                 answer = await _read(response, limit)
-            try:
-                return msgspec.json.decode(answer, type=kind)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise EngineBroken(
-                    f"{path} answered with something else ({_OTHER_PROGRAM}): {error}"
-                ) from error
+        except _FOREIGN as error:
+            raise self._failure(error, answered=answered) from error
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise EngineBroken(f"{path} answered with something else ({_OTHER_PROGRAM}): {error}") from error
+
+    def _failure(self, error: Exception, *, answered: bool) -> EngineFailure:
+        """What something foreign means; before the answer's headers it is a refusal."""
+        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+            if isinstance(getattr(error, "os_error", None), ConnectionRefusedError | FileNotFoundError):
+                return EngineGone(f"nothing listens on {self.place}: is llama-server running?", sent=False)
+            return EngineRefused(f"can't connect to {self.place}", detail=_say(error), sent=False)
+        if isinstance(error, TimeoutError):
+            return EngineStalled(f"the engine at {self.place} did not answer in time: is it stuck?")
+        if isinstance(error, aiohttp.ClientResponseError):
+            return EngineBroken("the engine's answer is not HTTP", detail=_say(error))
+        if not isinstance(error, aiohttp.ClientError | OSError):
+            return EngineBroken("the engine's answer can't be read", detail=_say(error))
+        if answered:
+            return EngineBroken("the engine broke off in mid-answer")
+        return EngineRefused("the engine hung up before it answered")
+
+
+def _hang_up(response: aiohttp.ClientResponse) -> None:
+    """Close the connection of `response` now: a transport's own `close` takes another turn of the loop."""
+    connection = response.connection
+    if connection is not None and connection.transport is not None:
+        with contextlib.suppress(OSError):  # the engine was first
+            ours = connection.transport.get_extra_info("socket")
+            with socket.socket(ours.family, ours.type, ours.proto, os.dup(ours.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)  # uvloop lets nobody do that to its own
+    response.close()
 
 
 def _completion_body(generation: Generation) -> bytes:
@@ -430,38 +472,6 @@ async def _read(response: aiohttp.ClientResponse, limit: int, *, cut: bool = Fal
                 break
             raise EngineBroken(f"{response.url.path} answered with over {limit} bytes")
     return bytes(body[:limit])
-
-
-class _Progress:
-    answered = False
-
-
-@contextmanager
-def _mapped(place: str) -> Iterator[_Progress]:
-    """Turn whatever aiohttp raises into an EngineFailure; before the answer's headers it is a refusal."""
-    progress = _Progress()
-    try:
-        yield progress
-    except EngineFailure:
-        raise
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        if isinstance(getattr(error, "os_error", None), ConnectionRefusedError | FileNotFoundError):
-            raise EngineGone(f"nothing listens on {place}: is llama-server running?", sent=False) from error
-        raise EngineRefused(f"can't connect to {place}", detail=_say(error), sent=False) from error
-    except TimeoutError as error:
-        raise EngineStalled(f"the engine at {place} did not answer in time: is it stuck?") from error
-    except aiohttp.ClientResponseError as error:
-        raise EngineBroken("the engine's answer is not HTTP", detail=_say(error)) from error
-    except (aiohttp.ClientError, OSError) as error:
-        _raise_broken_off(error, answered=progress.answered)
-    except (EventTooLong, ValueError) as error:
-        raise EngineBroken("the engine's answer can't be read", detail=_say(error)) from error
-
-
-def _raise_broken_off(error: Exception, *, answered: bool) -> NoReturn:
-    if answered:
-        raise EngineBroken("the engine broke off in mid-answer") from error
-    raise EngineRefused("the engine hung up before it answered") from error
 
 
 def _say(error: Exception) -> str:

@@ -23,6 +23,8 @@ class EventTooLong(Exception):
 class SseParser:
     """Feed it blocks of bytes, cut anywhere; it gives back whole events. What never ends is never shown."""
 
+    __slots__ = ("_data", "_ended_in_cr", "_first_line", "_id", "_max", "_name", "_partial", "_size")
+
     def __init__(self, max_event_bytes: int) -> None:
         self._max = max_event_bytes
         self._partial = bytearray()
