@@ -233,7 +233,7 @@ UNKNOWN = [
     ("GET", "/v1/tasks/", "NOT_FOUND"),
     ("GET", "/v1", "NOT_FOUND"),
     ("GET", "/V1/TASKS", "NOT_FOUND"),
-    ("POST", "/v1/pools/default/drain", "NOT_FOUND"),
+    ("POST", "/v1/pools/nope/reload", "UNKNOWN_POOL"),
     ("PROPFIND", "/nope", "NOT_FOUND"),
 ]
 

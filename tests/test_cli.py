@@ -38,7 +38,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path | None]]:
     """What `llorch serve` would have run with, each time."""
     calls: list[tuple[Config, Path | None]] = []
-    monkeypatch.setattr(cli, "serve", lambda config, path: calls.append((config, path)) or 0)
+    monkeypatch.setattr(cli, "serve", lambda config, path, reread: calls.append((config, path)) or 0)
     return calls
 
 

@@ -188,6 +188,7 @@ class Cutter:
         self._port, self._after = port, after
         self.streams = self.cuts = 0
         self._server: asyncio.Server | None = None
+        self._handlers: set[asyncio.Task[None]] = set()
         self.url = ""
 
     async def __aenter__(self) -> "Cutter":
@@ -198,9 +199,16 @@ class Cutter:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        await self._server.wait_closed()
+        for handler in self._handlers:
+            handler.cancel()
+        if self._handlers:
+            await asyncio.wait(self._handlers)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handler = asyncio.current_task()
+        assert handler is not None
+        self._handlers.add(handler)
+        handler.add_done_callback(self._handlers.discard)
         engine_reader, engine_writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
             with contextlib.suppress(ConnectionError):
