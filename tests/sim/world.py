@@ -275,6 +275,8 @@ class World:
                     return task.log.sealed and frame_id(batch[-1]) == task.log.next_id - 1
                 if self.chance.random() < 0.3:
                     await asyncio.sleep(self.chance.choice((0.0, 0.01, 0.1)))
+        if not seen or frame_id(seen[-1]) != task.log.next_id - 1:
+            self.violations.append("a stream was closed before its reader had the end")
         return True
 
     async def _read_to_the_end(self, task: Task) -> None:
