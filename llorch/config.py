@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from llorch import rules
-from llorch.schema import Config, ConfigError, PoolTable, ReplicaTable, Section
+from llorch.schema import Config, ConfigError, PoolTable, ReplicaTable, Section, as_key
 
 ENV_PREFIX = "LLORCH_"
 NOT_KEYS = {"LLORCH_CONFIG", "LLORCH_URL"}
 
 _FILE_PAIRS = (("auth", "token", "token_file"), ("adapter", "api_key", "api_key_file"))
-_HIDDEN_TABLES = frozenset({"auth", "adapter", "pools", "replicas", "token", "api_key"})
+_HIDDEN_TABLES = frozenset({"auth", "adapter", "token", "api_key"})
 
 S = TypeVar("S", bound=Section)
 
@@ -74,7 +74,7 @@ def _section(kind: type[S], table: dict[str, Any], source: str, at: str, faults:
     hints = typing.get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        name = f"{at}{key}"
+        name = f"{at}{as_key(key)}"
         hint = hints.get(key)
         if hint is None:
             faults.append(f"{source}{name}: unknown key{_did_you_mean(name)}")
@@ -113,7 +113,7 @@ def _sections(
         faults.append(f"{source}{name}: expected tables {f'[{name}.NAME]' if named else f'[[{name}]]'}")
     found: dict[Any, S] = {}
     for key, table in parts:
-        at = f"{name}.{key}" if named else f"{name}[{key}]"
+        at = f"{name}.{as_key(key)}" if named else f"{name}[{key}]"
         if isinstance(table, dict):
             found[key] = _section(kind, table, source, f"{at}.", faults)
         else:
@@ -133,14 +133,25 @@ def _keys(kind: type[Section] = Config, at: str = "") -> dict[str, Any]:
 
 
 def _did_you_mean(name: str) -> str:
-    table = name.rpartition(".")[0]
+    if name.startswith("pools."):
+        return _did_you_mean_of_a_pool(*name.rpartition(".")[::2])
     known = list(_keys()) + [f.name for f in msgspec.structs.fields(Config)]
-    if table.startswith("pools."):
-        kind = ReplicaTable if "[" in table else PoolTable
-        known = [f"{table}.{f.name}" for f in msgspec.structs.fields(kind)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # the right key in the wrong table
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _did_you_mean_of_a_pool(table: str, key: str) -> str:
+    """Keys alone are compared: all paths of one pool look alike."""
+    pool, of_replica, _ = table.rpartition(".replicas[")
+    here, there = (ReplicaTable, PoolTable) if of_replica else (PoolTable, ReplicaTable)
+    elsewhere = f"{pool}." if of_replica else f"{table}.replicas[0]."
+    known = {f.name: f"{elsewhere}{f.name}" for f in msgspec.structs.fields(there)}
+    if key not in known:
+        known |= {f.name: f"{table}.{f.name}" for f in msgspec.structs.fields(here)}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = [known[match] for match in near] or [each for each in _keys() if each.rpartition(".")[2] == key]
     return f", did you mean {near[0]}?" if near else ""
 
 
@@ -161,10 +172,11 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _show(name: str, value: Any) -> str:
-    if name.rpartition(".")[2] in _HIDDEN_TABLES or (name.startswith("pools.") and name.count(".") == 1):
+    if name.rpartition(".")[2] in _HIDDEN_TABLES:
         return "(hidden)"
     try:
-        return repr(value)[:60]
+        text = repr(value)
+        return "(hidden)" if "@" in text else text[:60]  # an URL may have a password
     except ValueError:
         return "an integer of over 4300 digits"
 

@@ -7,7 +7,7 @@ import re
 
 from yarl import URL
 
-from llorch.schema import Adapter, Address, Config, ReplicaTable, parse_address
+from llorch.schema import Adapter, Address, Config, ReplicaTable, as_key, parse_address
 
 MIN_TOKEN_CHARS = 16
 MAX_SOCKET_PATH_BYTES = 107  # what sockaddr_un holds on Linux, less its end
@@ -23,7 +23,8 @@ def check(config: Config, faults: list[str]) -> None:
     except ValueError as error:
         faults.append(f"bind_addr: {error}, got {config.bind_addr!r}")
     _check_auth(config, address, faults)
-    _check_endpoint("adapter", config.adapter, address, faults)
+    if not config.pools:
+        _check_endpoint("adapter", config.adapter, address, faults)
     _check_pools(config, address, faults)
     if config.limits.max_tokens_default > config.limits.max_tokens:
         default, most = config.limits.max_tokens_default, config.limits.max_tokens
@@ -70,11 +71,12 @@ def _check_pools(config: Config, address: Address | None, faults: list[str]) -> 
     for name, pool in pools.items():
         if not _NAME.fullmatch(name):
             faults.append(f"pools: expected names of {_NAME_IS}, got {name[:80]!r}")
+        key = f"pools.{as_key(name)}"
         if not pool.replicas:
-            faults.append(f"pools.{name}: expected at least one [[pools.{name}.replicas]] with an endpoint")
+            faults.append(f"{key}: expected at least one [[{key}.replicas]] with an endpoint")
         ids: set[str] = set()
         for number, replica in enumerate(pool.replicas):
-            at = f"pools.{name}.replicas[{number}]"
+            at = f"{key}.replicas[{number}]"
             _check_endpoint(at, replica, address, faults)
             if replica.id and not _NAME.fullmatch(replica.id):
                 faults.append(f"{at}.id: expected {_NAME_IS}, got {replica.id[:80]!r}")
@@ -89,7 +91,12 @@ def _check_pools(config: Config, address: Address | None, faults: list[str]) -> 
 
 def _normal(endpoint: str) -> str:
     """The same for two ways to write one place."""
-    return endpoint.removesuffix("/").lower().replace("//localhost:", "//127.0.0.1:")
+    try:
+        url = URL(endpoint)
+        host = "127.0.0.1" if url.host in ("localhost", "::1") else url.host
+        return f"{host}:{url.port}" if host and url.scheme in ("http", "https") else endpoint
+    except ValueError:
+        return endpoint
 
 
 def _check_endpoint(

@@ -4,12 +4,15 @@ The one rule: a key's type is its rule and its default stands beside it.
 """
 
 import ipaddress
+import json
+import re
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 DEFAULT_POOL = "default"
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}", re.ASCII)
 _SECRETS = frozenset({"token", "api_key"})
 
 Seconds = Annotated[float, Meta(gt=0, le=365 * 24 * 3600)]
@@ -212,6 +215,11 @@ def _with_ids(name: str, pool: PoolTable) -> PoolTable:
         for number, replica in enumerate(pool.replicas)
     )
     return msgspec.structs.replace(pool, replicas=replicas)
+
+
+def as_key(name: str) -> str:
+    """A key as TOML has it: in quotes unless it is plain, and on one line."""
+    return name if _PLAIN_KEY.fullmatch(name) else json.dumps(name[:80])
 
 
 def secrets_of(values: Any) -> list[str]:

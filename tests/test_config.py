@@ -12,7 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llorch.config import defaults, env_name, load, unknown_variables
-from llorch.schema import Address, Config, ConfigError, parse_address
+from llorch.schema import (
+    Address,
+    Config,
+    ConfigError,
+    PoolTable,
+    ReplicaTable,
+    hide_secrets,
+    parse_address,
+    pools_in_force,
+    secrets_of,
+)
 
 TOKEN = "canary-token-0123456789"
 
@@ -349,12 +359,320 @@ def test_the_home_profile_always_needs_a_token() -> None:
         "adapter.api_key = 'canary secret'",
         "adapter.endpoint = 'http://user:canary-secret@host:1'",
         "auth.token = 'canary-secret",
+        "pools = 'canary-secret'",
+        "[[pools]]\napi_key = 'canary-secret'",
+        "pools.a = 'canary-secret'",
+        "pools.a.api_key = 'canary-secret'",
+        "pools.a.replicas = 'canary-secret'",
+        "pools.a.replicas = ['canary-secret']",
+        "pools.a.replicas = {api_key = 'canary-secret'}",
+        "[[pools.a.replicas]]\napi_key = ['canary-secret']",
+        "[[pools.a.replicas]]\napi_kye = 'canary-secret'",
+        "[[pools.a.replicas]]\napi_key = 'canary secret'",
+        "[[pools.a.replicas]]\napi_key = 'canary-secret'\napi_key_file = 'x'",
+        "[[pools.a.replicas]]\nendpoint = 'http://user:canary-secret@host:1'",
+        "[[pools.a.replicas]]\nendpoint = ['http://user:canary-secret@host:1']",
+        "[[pools.a.replicas]]\nendpoint = 'http://u:canary@h:1'\n[[pools.a.replicas]]\nendpoint = 'http://u:canary@h:1'",
     ],
 )
 def test_a_fault_never_shows_a_secret(file: Path, text: str) -> None:
     """T18: neither the value of a secret's key nor that of the table it stands in."""
     file.write_text(text)
     assert "canary" not in str(faults(file))
+
+
+# -- pools -----------------------------------------------------------------------------------------
+
+TWO_POOLS = """
+[pools.small]
+[[pools.small.replicas]]
+endpoint = "http://h1:1"
+
+[pools.big]
+default = true
+retries = 5
+[[pools.big.replicas]]
+endpoint = "unix:/run/a.sock"
+devices = [0, 1]
+slots = "auto"
+[[pools.big.replicas]]
+id = "left"
+endpoint = "http://h2:1"
+api_key = "k"
+"""
+
+
+def test_pools_and_their_replicas_are_read(file: Path) -> None:
+    """Every key of theirs; what is left out has the default of [adapter]."""
+    file.write_text(TWO_POOLS)
+    config = load(file)
+    assert config.pools == {
+        "small": PoolTable(replicas=(ReplicaTable(endpoint="http://h1:1"),)),
+        "big": PoolTable(
+            default=True,
+            retries=5,
+            replicas=(
+                ReplicaTable(endpoint="unix:/run/a.sock", devices=(0, 1), slots="auto"),
+                ReplicaTable(id="left", endpoint="http://h2:1", api_key="k"),
+            ),
+        ),
+    }
+    for key in ("slots", "devices", "api_key", "api_key_file"):
+        assert getattr(ReplicaTable(), key) == getattr(config.adapter, key)
+    for key in ("engine", "retries", "drain_s", "self_test"):
+        assert getattr(PoolTable(), key) == getattr(config.adapter, key)
+
+
+def test_the_pools_in_force_have_names_and_the_default_first(file: Path) -> None:
+    """The others as they stand; a replica without a name has its pool's with a number."""
+    file.write_text(TWO_POOLS + "\n[[pools.another.replicas]]\nendpoint = 'http://h3:1'\n")
+    pools = pools_in_force(load(file))
+    assert list(pools) == ["big", "small", "another"]
+    assert [[replica.id for replica in pool.replicas] for pool in pools.values()] == [
+        ["big-0", "left"], ["small-0"], ["another-0"]
+    ]  # fmt: skip
+
+
+def test_without_pools_the_adapter_is_one(file: Path) -> None:
+    """Named "default", with one replica that has all it says; an empty [pools] is none."""
+    file.write_text(
+        'pools = {}\n[adapter]\nendpoint = "http://h:1"\nslots = 3\ndevices = [1]\nretries = 7\n'
+        'api_key = "k"\ndrain_s = 5\nself_test = false'
+    )
+    replica = ReplicaTable(id="default-0", endpoint="http://h:1", slots=3, devices=(1,), api_key="k")
+    assert pools_in_force(load(file)) == {
+        "default": PoolTable(default=True, retries=7, drain_s=5, self_test=False, replicas=(replica,))
+    }
+
+
+def test_one_pool_need_not_be_called_the_default() -> None:
+    """There is no other."""
+    pool = PoolTable(replicas=(ReplicaTable(endpoint="http://h:1"),))
+    assert list(pools_in_force(Config(pools={"only": pool}))) == ["only"]
+
+
+def pools_toml(*lines: str, name: str = "a") -> str:
+    """One pool with one replica, after which come `lines`."""
+    return "\n".join([f"[[pools.{name}.replicas]]", 'endpoint = "http://h:1"', *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("pools = 3", "pools: expected tables [pools.NAME]"),
+        ("[[pools]]\nx = 1", "pools: expected tables [pools.NAME]"),
+        ("pools.a = 3", "pools.a: expected a table [pools.a]"),
+        ("[[pools.a]]\nx = 1", "pools.a: expected a table [pools.a]"),
+        ("pools.a.replicas = 3", "pools.a.replicas: expected tables [[pools.a.replicas]]"),
+        ("[pools.a.replicas]\nid = 'x'", "pools.a.replicas: expected tables [[pools.a.replicas]]"),
+        ("pools.a.replicas = [3]", "pools.a.replicas[0]: expected a table [[pools.a.replicas]]"),
+        (
+            pools_toml("id = 5"),
+            "pools.a.replicas[0].id: expected str, got 5",
+        ),
+        (
+            pools_toml("slots = 0"),
+            'pools.a.replicas[0].slots: expected 1 to 1024 or "auto", got 0',
+        ),
+        (pools_toml("devices = 0"), "pools.a.replicas[0].devices: expected array, got 0"),
+        (pools_toml("devices = [-1]"), "pools.a.replicas[0].devices: expected int >= 0, got [-1]"),
+        (pools_toml("[pools.a]", "default = 1"), "pools.a.default: expected bool, got 1"),
+        (
+            pools_toml("[pools.a]", "engine = 'vllm'"),
+            "pools.a.engine: expected \"llamacpp\", got 'vllm'",
+        ),
+        (pools_toml("zzz = 1"), "pools.a.replicas[0].zzz: unknown key"),
+        (
+            pools_toml("endpiont = 1"),
+            "pools.a.replicas[0].endpiont: unknown key, did you mean pools.a.replicas[0].endpoint?",
+        ),
+        (
+            pools_toml("retries = 1"),
+            "pools.a.replicas[0].retries: unknown key, did you mean pools.a.retries?",
+        ),
+        (pools_toml("[pools.a]", "zzz = 1"), "pools.a.zzz: unknown key"),
+        (
+            pools_toml("[pools.a]", "retrys = 1"),
+            "pools.a.retrys: unknown key, did you mean pools.a.retries?",
+        ),
+        (
+            pools_toml("[pools.a]", "slots = 1"),
+            "pools.a.slots: unknown key, did you mean pools.a.replicas[0].slots?",
+        ),
+        (
+            pools_toml("[pools.a]", "capacity = 1"),
+            "pools.a.capacity: unknown key, did you mean queue.capacity?",
+        ),
+        (
+            pools_toml("[pools.a.replica]", "id = 'x'"),
+            "pools.a.replica: unknown key, did you mean pools.a.replicas?",
+        ),
+        (
+            '[pools."a b\\nc"]\nzzz = 1',
+            'pools."a b\\nc".zzz: unknown key',
+        ),
+        ('"a\\nb" = 1', '"a\\nb": unknown key'),
+        ("[pool.a]", "pool: unknown key, did you mean pools?"),
+    ],
+)
+def test_a_fault_in_a_pool_names_its_path_and_cure(file: Path, text: str, fault: str) -> None:
+    """Each in one line, whatever stands where a table or a list of them belongs."""
+    file.write_text(text)
+    assert faults(file) == [fault]
+
+
+def pool(*endpoints: str, **fields: Any) -> dict[str, Any]:
+    """A pool's table."""
+    return {"replicas": [{"endpoint": endpoint} for endpoint in endpoints]} | fields
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"pools": {"a": pool()}}, "pools.a: expected at least one [[pools.a.replicas]] with an endpoint"),
+        (
+            {"pools": {"a": pool("http://h:1"), "b": pool("http://h:2")}},
+            "pools: expected default = true in one of them, found it in 0",
+        ),
+        (
+            {"pools": {"a": pool("http://h:1", default=True), "b": pool("http://h:2", default=True)}},
+            "pools: expected default = true in one of them, found it in 2",
+        ),
+        (
+            {"adapter": {"slots": 2}, "pools": {"a": pool("http://h:1")}},
+            "adapter: give it or [pools], not both: its keys belong in [[pools.NAME.replicas]]",
+        ),
+        (
+            {"pools": {"a": {"replicas": [{"id": "x", "endpoint": f"http://h:{n}"} for n in (1, 2)]}}},
+            "pools.a.replicas[1].id: 'x' is another replica's of this pool",
+        ),
+        (
+            {
+                "pools": {
+                    "a": {"replicas": [{"endpoint": "http://h:1"}, {"id": "a-0", "endpoint": "http://h:2"}]}
+                }
+            },
+            "pools.a.replicas[1].id: 'a-0' is another replica's of this pool",
+        ),
+        (
+            {"pools": {"a": {"replicas": [{"id": "x y", "endpoint": "http://h:1"}]}}},
+            "pools.a.replicas[0].id: expected 1 to 64 letters, digits, - or _, a letter or digit first, "
+            "got 'x y'",
+        ),
+        (
+            {"pools": {"a": {"replicas": [{}]}}},
+            "pools.a.replicas[0].endpoint: expected http://host:port and nothing more, or unix:/path, got ''",
+        ),
+        (
+            {"pools": {"a": {"replicas": [{"endpoint": "http://h:1", "devices": [1, 1]}]}}},
+            "pools.a.replicas[0].devices: each GPU once, got [1, 1]",
+        ),
+        (
+            {"pools": {"a": {"replicas": [{"endpoint": "http://h:1", "api_key": "a b"}]}}},
+            "pools.a.replicas[0].api_key: only visible ASCII characters, without spaces",
+        ),
+        (
+            {"pools": {"a": pool("unix:run/x")}},
+            "pools.a.replicas[0].endpoint: expected unix:/path of at most 107 bytes, got 'unix:run/x'",
+        ),
+        (
+            {"pools": {"a": pool("http://127.0.0.1:8080")}},
+            "pools.a.replicas[0].endpoint: http://127.0.0.1:8080 is llorch's own address (bind_addr): start "
+            "llama-server on another port, as with --port 8081, and name that",
+        ),
+    ],
+)
+def test_what_no_type_can_say_of_pools_is_refused(file: Path, config: dict[str, Any], fault: str) -> None:
+    """With the path of the key."""
+    file.write_text(tomli_w.dumps(config))
+    assert faults(file) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("http://h:1", "http://h:1", True),
+        ("http://h:1", "http://H:1/", True),
+        ("http://h", "http://h:80", True),
+        ("http://localhost:1", "http://127.0.0.1:1", True),
+        ("http://localhost:1", "http://[::1]:1", True),
+        ("unix:/a", "unix:/a", True),
+        ("unix:/a", "unix:/A", False),
+        ("http://h:1", "http://h:2", False),
+        ("http://h1:1", "http://h2:1", False),
+    ],
+)
+@pytest.mark.parametrize("in_one_pool", [True, False])
+def test_an_engine_belongs_to_one_replica(
+    file: Path, one: str, other: str, same: bool, in_one_pool: bool
+) -> None:
+    """However the two write it, in one pool or in two."""
+    pools = {"a": pool(one, other)} if in_one_pool else {"a": pool(one, default=True), "b": pool(other)}
+    file.write_text(tomli_w.dumps({"pools": pools}))
+    if not same:
+        assert load(file).pools
+        return
+    second = "pools.a.replicas[1]" if in_one_pool else "pools.b.replicas[0]"
+    assert faults(file) == [
+        f"{second}.endpoint: pools.a.replicas[0] has the same: an engine belongs to one replica"
+    ]
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a.b", "é", "a\nb", "x" * 65])
+def test_a_pool_has_a_plain_name(file: Path, name: str) -> None:
+    """It stands in URLs, logs and metrics; a fault stays on its line."""
+    file.write_text(tomli_w.dumps({"pools": {name: pool("http://h:1")}}))
+    [fault] = faults(file)
+    assert fault.startswith("pools: expected names of 1 to 64 letters, digits, - or _, ")
+    assert "\n" not in fault
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A_b-c", "x" * 64, "token", "default"])
+def test_any_plain_name_will_do(file: Path, name: str) -> None:
+    """Words of ours too."""
+    file.write_text(tomli_w.dumps({"pools": {name: pool("http://h:1")}}))
+    assert list(load(file).pools) == [name]
+
+
+def test_pools_leave_the_adapter_aside(file: Path) -> None:
+    """Its default endpoint is nobody's then: llorch may listen there."""
+    file.write_text(tomli_w.dumps({"bind_addr": "127.0.0.1:8081", "pools": {"a": pool("http://h:1")}}))
+    assert load(file).bind_addr == "127.0.0.1:8081"
+
+
+def test_all_faults_of_all_pools_are_told_at_once(file: Path) -> None:
+    """Each with its own path."""
+    file.write_text(tomli_w.dumps({"pools": {"a": pool("x", "y"), "b c": pool()}}))
+    assert [fault.partition(": ")[0] for fault in faults(file)] == [
+        "pools", "pools.a.replicas[0].endpoint", "pools.a.replicas[1].endpoint", "pools", 'pools."b c"'
+    ]  # fmt: skip
+
+
+def test_each_replica_may_have_its_key_in_a_file(file: Path, tmp_path: Path) -> None:
+    """Read like the others; a fault names the replica."""
+    path = str(secret_file(tmp_path))
+    replicas = [{"endpoint": "http://h:1", "api_key_file": path}, {"endpoint": "http://h:2"}]
+    file.write_text(tomli_w.dumps({"pools": {"a": {"replicas": replicas}}}))
+    assert [replica.api_key for replica in load(file).pools["a"].replicas] == [TOKEN, ""]
+    replicas[1] |= {"api_key": "k", "api_key_file": path}
+    replicas.append({"endpoint": "http://h:3", "api_key_file": str(tmp_path / "none")})
+    file.write_text(tomli_w.dumps({"pools": {"a": {"replicas": replicas}}}))
+    assert faults(file) == [
+        "pools.a.replicas[1].api_key_file: give it or pools.a.replicas[1].api_key, not both",
+        f"pools.a.replicas[2].api_key_file: {tmp_path / 'none'} can't be read: No such file or directory",
+    ]
+
+
+def test_secrets_of_pools_are_found_and_hidden(file: Path) -> None:
+    """Those of every replica, for the log and for `check-config --print`."""
+    replicas = [{"endpoint": f"http://h:{n}", "api_key": f"canary-{n}"} for n in (1, 2)]
+    file.write_text(tomli_w.dumps({"auth": {"token": TOKEN}, "pools": {"a": {"replicas": replicas}}}))
+    values = msgspec.to_builtins(load(file))
+    assert sorted(secrets_of(values)) == ["canary-1", "canary-2", TOKEN]
+    shown = tomli_w.dumps(hide_secrets(values))
+    assert "canary" not in shown
+    assert shown.count("(hidden)") == 3
+    assert secrets_of(hide_secrets(msgspec.to_builtins(Config()))) == []
 
 
 # -- addresses -------------------------------------------------------------------------------------
@@ -459,6 +777,24 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=8), values, max_size=3),
     max_leaves=5,
 )  # fmt: skip
+FIELDS = {kind: [field.name for field in msgspec.structs.fields(kind)] for kind in (PoolTable, ReplicaTable)}
+GOOD: dict[str, Any] = {"endpoint": "http://h:1", "slots": 2, "devices": [0], "id": "x", "default": True}
+REPLICAS = st.lists(
+    st.dictionaries(st.sampled_from([*FIELDS[ReplicaTable], "zzz"]), VALUES, max_size=3)
+    | st.sets(st.sampled_from(["endpoint", "slots", "devices", "id"])).map(
+        lambda keys: {k: GOOD[k] for k in keys}
+    ),
+    max_size=3,
+)
+POOLS = st.dictionaries(
+    st.sampled_from(["a", "b", "", "a b", "a.b", "x" * 70]) | st.text(max_size=4),
+    st.builds(
+        lambda fields, replicas: fields | {"replicas": replicas},
+        st.dictionaries(st.sampled_from([*FIELDS[PoolTable], "zzz"]), VALUES, max_size=2),
+        REPLICAS,
+    ),
+    max_size=3,
+).map(lambda pools: {"pools": pools})  # fmt: skip
 TABLES = st.dictionaries(st.sampled_from([*defaults(), "qeue", "a\nb"]), VALUES, max_size=3)
 SETTINGS = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6)
 
@@ -473,7 +809,7 @@ def nested(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(
-    TABLES | SETTINGS.map(nested),
+    TABLES | SETTINGS.map(nested) | POOLS,
     st.dictionaries(st.sampled_from(KEYS).map(env_name), st.text(st.characters())),
 )
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -482,8 +818,15 @@ def test_load_gives_a_configuration_or_says_what_is_wrong(
 ) -> None:
     """Of any table and any environment: a Config or a ConfigError, and never another exception."""
     file.write_bytes(tomli_w.dumps(tables).encode())
-    with contextlib.suppress(ConfigError):
-        assert isinstance(load(file, env), Config)
+    found: list[str] = []
+    try:
+        config = load(file, env)
+    except ConfigError as error:
+        config, found = Config(), error.faults
+    assert all(fault.isprintable() for fault in found), "a fault is not one line of text"
+    pools = pools_in_force(config)
+    assert all(replica.id and replica.endpoint for pool in pools.values() for replica in pool.replicas)
+    assert [pool.default for pool in pools.values()].count(True) <= 1
 
 
 @given(st.dictionaries(st.sampled_from([*KEYS, "bind_addr", "profile"]), VALUES, max_size=4))
