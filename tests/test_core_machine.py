@@ -2,8 +2,8 @@
 
 Numbers in the messages: 1 one terminal event, last · 2 one `started`, first · 3 tokens without a gap ·
 4 no token handed out after a cancel · 5 a task that ends while it waits never reaches the engine · 6 starts
-in admission order · 7 waiting ≤ capacity · 8 leases ≤ slots, an exclusive one alone · 9 after close all is
-ended and closed · 10 a refused request leaves nothing.
+in admission order within a lane, interactive ones first · 7 waiting ≤ capacity · 8 leases ≤ slots, an
+exclusive one alone · 9 after close all is ended and closed · 10 a refused request leaves nothing.
 """
 
 import asyncio
@@ -27,7 +27,9 @@ from llorch.engine import (
     EngineStalled,
 )
 from llorch.errors import LlorchError
-from llorch.task import Sampling, State, Task, TaskRequest
+from llorch.pool import Pool
+from llorch.replica import Lease
+from llorch.task import Priority, Sampling, State, Task, TaskRequest
 from tests.memory_engine import Call, MemoryEngine
 from tests.rig import Rig, events, parse, rig
 from tests.virtualtime import VirtualTimeLoop, advance, settled, turns
@@ -42,6 +44,8 @@ FAILURES: list[type[Exception]] = [
     ZeroDivisionError,
 ]
 PICK = st.integers(0, 1000)
+LANES: list[Priority] = ["interactive", "batch"]
+LANE = st.sampled_from(["interactive", "interactive", "batch"])
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +74,7 @@ class Reader:
 
 
 class Core(RuleBasedStateMachine):
-    """One pool, its engine, its clients."""
+    """One pool, its engines, its clients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +84,8 @@ class Core(RuleBasedStateMachine):
         self.readers: list[Reader] = []
         self.requests = 0
         self.prompts: dict[Task, str] = {}
+        self.interactive_has_turn = False
+        self.wrong: list[str] = []
         self.it: Rig
 
     def do(self, *work: Coroutine[Any, Any, object]) -> None:
@@ -92,29 +98,56 @@ class Core(RuleBasedStateMachine):
 
         self.runner.run(all_of_it())
 
-    @initialize(slots=st.integers(1, 3), capacity=st.integers(1, 4), retries=st.integers(0, 2))
-    def begin(self, slots: int, capacity: int, retries: int) -> None:
-        """A pool that is ready."""
-        self.do(self._begin(slots, capacity, retries))
+    @initialize(
+        slots=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+        capacity=st.integers(1, 4),
+        batch_capacity=st.integers(1, 3),
+        promote_s=st.sampled_from([None, 3.0]),
+        retries=st.integers(0, 2),
+    )
+    def begin(self, slots: list[int], retries: int, promote_s: float | None, **bounds: int) -> None:
+        """A pool that is ready, of one or two replicas."""
+        self.promote_s = promote_s
+        self.do(self._begin(slots, retries=retries, batch_promote_s=promote_s, **bounds))
 
-    async def _begin(self, slots: int, capacity: int, retries: int) -> None:
-        engine = MemoryEngine(slots=slots, ctx=40)
-        bounds = {"capacity": capacity, "max_bytes": 200, "max_wait_s": 200.0, "retain_s": 1e6}
+    async def _begin(self, slots: list[int], **settings: Any) -> None:
+        engines = [MemoryEngine(slots=number, ctx=40) for number in slots]
+        bounds = {"max_bytes": 200, "max_wait_s": 200.0, "retain_s": 1e6}
         self.it = await self.stack.enter_async_context(
-            rig(engine=engine, retries=retries, drain_s=5.0, **bounds)  # type: ignore[arg-type]
+            rig(engines=engines, drain_s=5.0, **bounds, **settings)  # type: ignore[arg-type]
         )
+        self.it.orchestrator.listeners.append(self._moved)
+
+    def _moved(self, _: Pool, task: Task, previous: State | None) -> None:
+        """6, of both lanes together."""
+        if task.state is not State.RUNNING:
+            return
+        assert isinstance(task.lease, Lease)
+        if not task.lease.replica.able or task.lease.replica.excluded is not None:
+            self.wrong.append("started on a replica that can't work")
+        lanes, now = self.it.queue.lanes, task.now()
+        head, passes = lanes["batch"].head, len(lanes["interactive"]) > 0
+        batch = task if task.request.priority == "batch" else head
+        after_s = self.promote_s
+        promoted = batch is not None and after_s is not None and batch.admitted_at + after_s <= now
+        has_turn = promoted and not self.interactive_has_turn
+        if task is batch and passes and not has_turn:
+            self.wrong.append("6: a batch task went before an interactive one")
+        if task is not batch and has_turn:
+            self.wrong.append("6: a batch task that has waited long was passed over")
+        self.interactive_has_turn = task is batch and passes
 
     # -- clients -----------------------------------------------------------------------------------
 
-    @rule(strict=st.booleans(), words=st.sampled_from([1, 2, 11, 45, 90]), cancelled=st.booleans())
-    def submit(self, strict: bool, words: int, cancelled: bool) -> None:
+    @rule(strict=st.booleans(), words=st.sampled_from([1, 2, 11, 45, 90]), lane=LANE, cancelled=st.booleans())
+    def submit(self, strict: bool, words: int, lane: Priority, cancelled: bool) -> None:
         """A new task; it may be refused, or cancelled before anything else happens."""
-        self.do(self._submit(strict, words, cancelled))
+        self.do(self._submit(strict, words, lane, cancelled))
 
-    async def _submit(self, strict: bool, words: int, cancelled: bool) -> None:
+    async def _submit(self, strict: bool, words: int, lane: Priority, cancelled: bool) -> None:
         queue = self.it.queue
         before = len(self.it.moves), queue.reserved, queue.reserved_bytes
-        request = self._request(strict, words)
+        request = self._request(strict, words, lane)
         try:
             task = await self.it.orchestrator.submit(request)
         except LlorchError:
@@ -124,19 +157,20 @@ class Core(RuleBasedStateMachine):
             if cancelled:
                 await self._cancel(task)
 
-    @rule(strict=st.lists(st.booleans(), min_size=2, max_size=6), leaves=st.integers(0, 5))
-    def submit_together(self, strict: list[bool], leaves: int) -> None:
-        """Several at once, all of which the engine has to count; one client leaves meanwhile."""
-        self.do(self._submit_together(strict, leaves))
+    @rule(asked=st.lists(st.tuples(st.booleans(), LANE), min_size=2, max_size=6), leaves=st.integers(0, 5))
+    def submit_together(self, asked: list[tuple[bool, Priority]], leaves: int) -> None:
+        """Several at once, all of which an engine has to count; one client leaves meanwhile."""
+        self.do(self._submit_together(asked, leaves))
 
-    async def _submit_together(self, strict: list[bool], leaves: int) -> None:
-        gate = self.it.engine.hold("tokenize")
-        requests = [self._request(one, 11) for one in strict]
+    async def _submit_together(self, asked: list[tuple[bool, Priority]], leaves: int) -> None:
+        gates = [engine.hold("tokenize") for engine in self.it.engines]
+        requests = [self._request(strict, 11, lane) for strict, lane in asked]
         submits = [asyncio.create_task(self.it.orchestrator.submit(request)) for request in requests]
         await settled()
         if leaves < len(submits):
             submits[leaves].cancel()
-        gate.set()
+        for gate in gates:
+            gate.set()
         await settled()
         assert all(submit.done() for submit in submits)
         for submit, request in zip(submits, requests, strict=True):
@@ -149,13 +183,14 @@ class Core(RuleBasedStateMachine):
         self.tasks.append(task)
         self.prompts[task] = request.prompt
 
-    def _request(self, strict: bool, words: int) -> TaskRequest:
+    def _request(self, strict: bool, words: int, lane: Priority) -> TaskRequest:
         self.requests += 1
         return TaskRequest(
             prompt=f"{'strict' if strict else 'shared'}-{self.requests}" + " x" * words,
             max_tokens=4,
             sampling=Sampling(seed=1 if strict else None),
             determinism="strict" if strict else "best_effort",
+            priority=lane,
         )
 
     @precondition(lambda self: self.tasks)
@@ -202,8 +237,8 @@ class Core(RuleBasedStateMachine):
 
     @property
     def open(self) -> list[Call]:
-        """What the engine could answer now."""
-        return self.it.engine.open
+        """What the engines could answer now."""
+        return [call for engine in self.it.engines for call in engine.open]
 
     @precondition(lambda self: self.open)
     @rule(pick=PICK, count=st.integers(0, 3), begins=st.booleans())
@@ -247,25 +282,35 @@ class Core(RuleBasedStateMachine):
             call.fail(kind())
         self.do()
 
-    @rule(clings=st.booleans())
-    def cling(self, clings: bool) -> None:
+    def engine(self, pick: int) -> MemoryEngine:
+        """One of them."""
+        return self.it.engines[pick % len(self.it.engines)]
+
+    @rule(pick=PICK, clings=st.booleans())
+    def cling(self, pick: int, clings: bool) -> None:
         """Whether it goes on with what its client has left."""
-        self.it.engine.clings = clings
+        self.engine(pick).clings = clings
 
     @rule()
     def let_go(self) -> None:
-        """It has noticed that its clients are gone."""
-        self.it.engine.let_go()
+        """They have noticed that their clients are gone."""
+        for engine in self.it.engines:
+            engine.let_go()
         self.do()
 
-    @rule(kind=st.sampled_from([EngineGone, EngineLoading, EngineStalled, None]))
-    def go_or_come(self, kind: type[EngineFailure] | None) -> None:
-        """It dies, loads, hangs, or is well again."""
-        engine = self.it.engine
+    @rule(pick=PICK, version=st.sampled_from(["b1", "b1", "b2"]))
+    def become_another(self, pick: int, version: str) -> None:
+        """The next probe finds it so."""
+        self.engine(pick).change(engine_version=version)
+
+    @rule(pick=PICK, kind=st.sampled_from([EngineGone, EngineLoading, EngineStalled, None]))
+    def go_or_come(self, pick: int, kind: type[EngineFailure] | None) -> None:
+        """One dies, loads, hangs, or is well again."""
+        engine = self.engine(pick)
         engine.failure = None if kind is None else kind("not now", sent=False)
         if kind in (EngineGone, EngineLoading):
             engine.working.clear()
-            for call in self.open:
+            for call in engine.open:
                 call.fail(EngineBroken("killed") if call.sent else EngineRefused("killed"))
         self.do()
 
@@ -312,31 +357,42 @@ class Core(RuleBasedStateMachine):
         """5, 6, 7, 8; and no slot stays free while the head could go."""
         if not hasattr(self, "it"):
             return
-        queue, replica, engine = self.it.queue, self.it.replica, self.it.engine
+        assert not self.wrong, self.wrong
+        queue, replicas, engines = self.it.queue, list(self.it.pool.replicas), self.it.engines
         admitted = [task for task, state in self.it.moves if state is State.QUEUED]
-        starts = [admitted.index(task) for task, state in self.it.moves if state is State.RUNNING]
-        assert starts == sorted(starts), f"6: {starts}"
-        started = {self.prompts[task] for task, state in self.it.moves if state is State.RUNNING}
-        assert set(engine.prompts) <= started, "5"
-        assert len(queue) <= queue.limits.capacity, "7"
+        started = [task for task, state in self.it.moves if state is State.RUNNING]
+        for lane in LANES:
+            starts = [admitted.index(task) for task in started if task.request.priority == lane]
+            assert starts == sorted(starts), f"6: {starts}"
+            assert queue.depth(lane) <= queue.capacity(lane), "7"
+        sent = [prompt for engine in engines for prompt in set(engine.prompts)]
+        assert set(sent) <= {self.prompts[task] for task in started}, "5"
+        assert len(sent) == len(set(sent)), "a task went to another replica"
+        assert [queue.position(task) for task in queue] == list(range(len(queue)))
         assert queue.waiting_bytes + queue.reserved_bytes <= queue.limits.max_bytes, "7, in bytes"
-        assert len(replica.leases) <= replica.slots, "8"
-        assert len(replica.leases) < 2 or not any(lease.exclusive for lease in replica.leases), "8"
-        assert len(engine.working) <= replica.slots, "8, in the engine"
-        strict = [call for call in engine.working if call.prompt.startswith("strict")]
-        assert not strict or len(engine.working) == 1, "8, in the engine"
+        for replica, engine in zip(replicas, engines, strict=True):
+            assert len(replica.leases) <= replica.slots, "8"
+            assert len(replica.leases) < 2 or not any(lease.exclusive for lease in replica.leases), "8"
+            assert len(engine.working) <= replica.slots, "8, in the engine"
+            strict = [call for call in engine.working if call.prompt.startswith("strict")]
+            assert not strict or len(engine.working) == 1, "8, in the engine"
+        versions = {replica.made.engine_version for replica in replicas if replica.ready}
+        assert len(versions) <= 1, "two versions at work"
+        assert versions or not any(replica.able for replica in replicas), "all are kept out"
         head = queue.head
-        assert head is None or not replica.free_slots or (head.strict and replica.leases), "the head could go"
+        for replica in replicas:
+            waits = not replica.free_slots or (head is not None and head.strict and replica.leases)
+            assert head is None or waits, "the head could go"
 
     @invariant()
-    def the_engine_is_asked_as_promised(self) -> None:
+    def the_engines_are_asked_as_promised(self) -> None:
         """Nothing is sent again once an answer had begun, and nobody waits for what has ended."""
         if not hasattr(self, "it"):
             return
         at_work = {self.prompts[task] for task in self.tasks if task.state is State.RUNNING}
-        assert {call.prompt for call in self.open} <= at_work, "the engine works for a task that has ended"
+        assert {call.prompt for call in self.open} <= at_work, "an engine works for a task that has ended"
         answered: set[str] = set()
-        for call in self.it.engine.calls:
+        for call in [call for engine in self.it.engines for call in engine.calls]:
             assert call.prompt not in answered, "sent again after an answer had begun"
             if call.answered:
                 answered.add(call.prompt)
