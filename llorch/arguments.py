@@ -183,7 +183,9 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--grammar", type=Path, metavar="FILE", help="the answer obeys this GBNF grammar")
     task.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer obeys this JSON schema")
     task.add_argument("--determinism", choices=("strict", "best_effort"), help="strict needs a seed")
-    task.add_argument("--priority", choices=("interactive", "batch"))
+    task.add_argument(
+        "--priority", choices=("interactive", "batch"), help="batch waits until nothing interactive does"
+    )
     task.add_argument("--pool", metavar="POOL", help="which engine (default: the server's)")
     task.add_argument("--session", metavar="ID", help="a name that belongs to one conversation")
     task.add_argument(

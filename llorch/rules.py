@@ -5,6 +5,7 @@ The one rule: each fault is a line that says where it is and how to mend it; all
 
 import re
 
+import msgspec
 from yarl import URL
 
 from llorch.schema import Adapter, Address, Config, ReplicaTable, as_key, parse_address
@@ -62,7 +63,8 @@ def _check_auth(config: Config, address: Address | None, faults: list[str]) -> N
 
 def _check_pools(config: Config, address: Address | None, faults: list[str]) -> None:
     pools = config.pools
-    if pools and config.adapter != Adapter():
+    without_key = msgspec.structs.replace(config.adapter, api_key="", api_key_file="")
+    if pools and without_key != Adapter():
         faults.append("adapter: give it or [pools], not both: its keys belong in [[pools.NAME.replicas]]")
     defaults = sum(pool.default for pool in pools.values())
     if len(pools) > 1 and defaults != 1:

@@ -184,7 +184,10 @@ class ConfigError(Exception):
 
 
 def pools_in_force(config: Config) -> dict[str, PoolTable]:
-    """Every pool by name, the default one first; `[adapter]` makes one of one replica if there are none."""
+    """Every pool by name, the default one first; `[adapter]` makes one of one replica if there are none.
+
+    The key of `[adapter]`, which a service has from its environment, is that of each replica without its own.
+    """
     if not config.pools:
         adapter = config.adapter
         replica = ReplicaTable(
@@ -206,12 +209,13 @@ def pools_in_force(config: Config) -> dict[str, PoolTable]:
             )
         }
     by_default_first = sorted(config.pools.items(), key=lambda item: not item[1].default)
-    return {name: _with_ids(name, pool) for name, pool in by_default_first}
+    key = config.adapter.api_key
+    return {name: _completed(name, pool, key) for name, pool in by_default_first}
 
 
-def _with_ids(name: str, pool: PoolTable) -> PoolTable:
+def _completed(name: str, pool: PoolTable, key: str) -> PoolTable:
     replicas = tuple(
-        replica if replica.id else msgspec.structs.replace(replica, id=f"{name}-{number}")
+        msgspec.structs.replace(replica, id=replica.id or f"{name}-{number}", api_key=replica.api_key or key)
         for number, replica in enumerate(pool.replicas)
     )
     return msgspec.structs.replace(pool, replicas=replicas)

@@ -141,7 +141,7 @@ def health_lines(pools: list[Pool], *, colour: bool) -> list[str]:
         lines.append(f"{clean(pool.pool_id)}: {state}")
         queue = pool.queue
         facts = [
-            ("why", drained(pool)),
+            ("drain", drained(pool)),
             ("fault" if pool.ready else "why", pool.last_error),
             ("engine", " ".join(filter(None, (pool.engine, pool.engine_version)))),
             ("model", pool.model),

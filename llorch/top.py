@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from llorch.answers import BadAnswer, Gpu, Lane, Pool, Status, TooOld, Unavailable, Unreachable
+from llorch.answers import BadAnswer, Gpu, Lane, Pool, Snapshot, Status, TooOld, Unavailable, Unreachable
 from llorch.client import STATUS, Client
 from llorch.exits import Exit
 from llorch.tables import drained, now, readiness, replica_lines, task_lines
@@ -53,10 +53,15 @@ def picture(before: Sample | None, last: Sample, *, url: str, colour: bool = Fal
     lines += [_gpu(gpu) for gpu in status.gpus]
     if status.gpu_fault:
         lines.append(f"GPU      {clean(status.gpu_fault)}")
-    at_work = [task for task in status.tasks if task.state in _RUNNING]
-    others = [task for task in status.tasks if task.state not in _RUNNING]
-    at_work.reverse()  # the next one first
-    return [*lines, "", *task_lines([*at_work, *others], last.wall, colour=colour)]
+    return [*lines, "", *task_lines(_in_order(status.tasks), last.wall, colour=colour)]
+
+
+def _in_order(tasks: list[Snapshot]) -> list[Snapshot]:
+    """What runs, oldest first; what waits, of each pool the next one first; then the newest of the others."""
+    running = [task for task in reversed(tasks) if task.state == "running"]
+    waiting = [task for task in reversed(tasks) if task.state == "queued"]
+    waiting.sort(key=lambda task: (task.pool_id, task.queue_position or 0))
+    return [*running, *waiting, *(task for task in tasks if task.state not in _RUNNING)]
 
 
 def _pool(pool: Pool, colour: bool) -> list[str]:

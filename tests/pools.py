@@ -10,13 +10,17 @@ from tests.fakes import FakeLlamaServer
 
 
 def written(
-    folder: Path, pools: Mapping[str, Mapping[str, FakeLlamaServer | str]], **more: dict[str, Any]
+    folder: Path,
+    pools: Mapping[str, Mapping[str, FakeLlamaServer | str]],
+    *,
+    self_test: bool = False,
+    **more: dict[str, Any],
 ) -> Path:
     """The file with these engines by pool and replica, the first pool the default one; more keys of each."""
     tables = {
         name: {
             "default": number == 0,
-            "self_test": False,
+            "self_test": self_test,
             "replicas": [
                 {"id": replica_id, "endpoint": at if isinstance(at, str) else at.url}
                 | more.get(replica_id, {})

@@ -392,8 +392,9 @@ def test_the_picture_has_all_that_is_asked_of_top() -> None:
         gpus=[Gpu(0, "NVIDIA H200", 87, 2**35, 2**37, 61), Gpu(1, "old", None, 0, 2**30, None)],
         gpu_fault="one is lost",
         tasks=[
+            snapshot(task_id="third", state="queued", queue_position=1, pool_id="big"),
             snapshot(task_id="done", state="completed", priority="interactive"),
-            snapshot(task_id="second", state="queued", priority="batch", pool_id="big"),
+            snapshot(task_id="second", state="queued", queue_position=0, priority="batch", pool_id="big"),
             snapshot(task_id="first"),
         ],
     )
@@ -411,6 +412,7 @@ def test_the_picture_has_all_that_is_asked_of_top() -> None:
         "TASK    STATE      LANE   AGE  FIRST  TOKENS  TOK/S  NOTE",
         "first   running    -        -      -       0      -",
         "second  queued     batch    -      -       0      -  0 ahead in big",
+        "third   queued     -        -      -       0      -  1 ahead in big",
         "done    completed  inter    -      -       0      -",
     ]
 

@@ -861,3 +861,32 @@ def test_a_variable_that_names_no_key_is_told() -> None:
     assert unknown_variables(env) == [
         "LLORCH_QUEUE_CAPACTIY: no such key, did you mean LLORCH_QUEUE_CAPACITY?"
     ]
+
+
+# -- pools -----------------------------------------------------------------------------------------
+
+TWO = """
+[pools.big]
+[[pools.big.replicas]]
+id = "gpu0"
+endpoint = "http://h:1"
+[[pools.big.replicas]]
+endpoint = "http://h:2"
+api_key = "its-own"
+"""
+
+
+def test_the_key_of_the_adapter_is_that_of_replicas_without_one(file: Path, tmp_path: Path) -> None:
+    """So that the file which the service's unit names by the environment holds for several engines too."""
+    file.write_text(TWO)
+    config = load(file, {"LLORCH_ADAPTER_API_KEY_FILE": str(secret_file(tmp_path, b"of-the-unit"))})
+    replicas = pools_in_force(config)["big"].replicas
+    assert [(it.id, it.api_key) for it in replicas] == [("gpu0", "of-the-unit"), ("big-1", "its-own")]
+
+
+def test_the_rest_of_the_adapter_does_not_go_with_pools(file: Path) -> None:
+    """Whichever of the two was meant, the other would be passed over without a word."""
+    file.write_text(f"{TWO}[adapter]\nslots = 2")
+    assert faults(file) == [
+        "adapter: give it or [pools], not both: its keys belong in [[pools.NAME.replicas]]"
+    ]

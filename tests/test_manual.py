@@ -35,6 +35,7 @@ from llorch.schema import PoolTable, ReplicaTable
 from llorch.task import State, Task
 from tests.fakes import PATIENCE_S, Connection, FakeLlamaServer
 from tests.live import TOKEN, Live, names
+from tests.pools import written
 from tests.test_docs import KEYS, REFUSALS, event_codes, subclasses
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,16 @@ RUN_PAGES = [page for page in PAGES if any("run" in fence.marks for fence in fen
 
 def test_the_pages_that_promise_commands_have_some() -> None:
     """None has lost its marks."""
-    wanted = {"quickstart", "api", "clients", "configuration", "determinism", "operations", "metrics"}
+    wanted = {
+        "quickstart",
+        "api",
+        "clients",
+        "configuration",
+        "determinism",
+        "operations",
+        "metrics",
+        "recipes",
+    }
     assert {page.stem for page in RUN_PAGES} == wanted
 
 
@@ -154,8 +164,17 @@ async def test_the_commands_of_a_page_do_what_it_says(
     }
     runs = [fence for fence in blocks if "run" in fence.marks and fence.line not in skipped]
     fake_engine.always(patient, path="/completion")
-    settings = {"queue": {"capacity": 2}, "adapter": {"self_test": True, "slots": 1}}
-    async with Live(fake_engine, settings) as live:
+    async with contextlib.AsyncExitStack() as open_:
+        if page.stem == "recipes":  # two engines behind one pool
+            other = await open_.enter_async_context(FakeLlamaServer())
+            other.always(patient, path="/completion")
+            devices = {"gpu0": {"devices": [0]}, "gpu1": {"devices": [1]}}
+            pools = {"big": {"gpu0": fake_engine, "gpu1": other}}
+            live = Live(fake_engine, file=written(tmp_path, pools, self_test=True, **devices))
+        else:
+            settings = {"queue": {"capacity": 2}, "adapter": {"self_test": True, "slots": 1}}
+            live = Live(fake_engine, settings)
+        await open_.enter_async_context(live)
         await verified(live)
         script = as_script(runs).replace("127.0.0.1:8080", f"127.0.0.1:{live.port}")
         code, said, err = await carry_out(script, tmp_path, {"LLORCH_URL": live.url})
@@ -171,8 +190,22 @@ async def test_the_commands_of_a_page_do_what_it_says(
 async def verified(live: Live) -> None:
     """Return once the self-test is over."""
     async with asyncio.timeout(PATIENCE_S):
-        while live.replica.determinism == "unknown" or live.replica.leases:  # noqa: ASYNC110  # no event tells
-            await asyncio.sleep(0)
+        while any(it.determinism == "unknown" or it.leases for it in live.pool.replicas):  # noqa: ASYNC110
+            await asyncio.sleep(0)  # no event tells
+
+
+async def test_the_recipe_gives_each_engine_a_gpu_and_a_port(tmp_path: Path) -> None:
+    """Carried out on a copy of the file that the service starts with."""
+    shutil.copy(ROOT / "scripts/engine.example.env", tmp_path / "default.env")
+    (loop,) = [fence.text for fence in fences(DOCS / "recipes.md") if "for gpu in" in fence.text]
+    script = re.sub(r"(?m)^(cd|sudo systemctl) .*", "", loop).replace("sudo ", "")
+    code, _, err = await carry_out(f"set -e\n{script}", tmp_path, {})
+    assert code == 0, err
+    for gpu in (0, 1):
+        lines = (tmp_path / f"gpu{gpu}.env").read_text().splitlines()
+        wanted = [f"PORT={8081 + gpu}", "CUDA_DEVICE_ORDER=PCI_BUS_ID", f"CUDA_VISIBLE_DEVICES={gpu}"]
+        assert [line for line in lines if line.startswith(("PORT", "CUDA"))] == wanted
+    assert loop.count("llama-server@gpu") == 2
 
 
 # -- clients ---------------------------------------------------------------------------------------

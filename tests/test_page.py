@@ -435,6 +435,7 @@ async def test_lanes_replicas_and_a_drain_are_shown(
         file = written(tmp_path, {"big": {"gpu0": held, long: other}}, **more)
         async with Live(held, file=file) as live:
             await eventually(lambda: live.pool.replicas[1].excluded, "nobody is kept out")
+            live.pool.estimate.record(0.001)
             for _ in range(2):
                 await live.submit_held(priority="batch")
             await live.submit(priority="batch")
@@ -452,6 +453,7 @@ async def test_lanes_replicas_and_a_drain_are_shown(
                 )
                 await visit.shows("#depth", "2 of 320")
                 await expect(visit.page.locator("#active .tags").first).to_contain_text("gpu0 · batch")
+                await expect(visit.page.locator("#active tr").last).to_contain_text("later than predicted")
                 live.pool.drain(90)
                 await visit.shows("#pools .badge", "drained")
                 await expect(visit.page.locator("#pools .note")).to_contain_text(
