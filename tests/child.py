@@ -101,9 +101,12 @@ class Child:
 
 @contextlib.asynccontextmanager
 async def llorch(
-    settings: dict[str, Any], *, before: str = "", secrets: Iterable[bytes] = ()
+    settings: dict[str, Any], *, before: str = "", secrets: Iterable[bytes] = (), file: Path | None = None
 ) -> AsyncIterator[Child]:
-    """A `llorch serve` on a free port, listening; `settings` by dotted key, `before` is Python run first."""
+    """A `llorch serve` on a free port, listening; `settings` by dotted key, `before` is Python run first.
+
+    `file` is a configuration for what settings can't say.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
     settings = {"bind_addr": "127.0.0.1:0", "gpu.required": False} | settings
     given = {env_name(key): msgspec.json.encode(value).decode().strip('"') for key, value in settings.items()}
@@ -111,7 +114,7 @@ async def llorch(
     if before:
         start = ["-c", f"{before}\nimport sys\nfrom llorch.cli import main\nsys.exit(main())"]
     process = await asyncio.create_subprocess_exec(
-        *[sys.executable, *start, "serve", "--config", os.devnull],
+        *[sys.executable, *start, "serve", "--config", str(file or os.devnull)],
         cwd=ROOT,
         env=inherited | given,
         stdout=asyncio.subprocess.PIPE,

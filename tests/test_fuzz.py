@@ -31,7 +31,8 @@ reserve = AdmissionQueue.reserve
 
 def leaky(self, *args):
     reservation = reserve(self, *args)
-    self.reserved += self.reserved < 2
+    lane = self.lanes["{}"]
+    lane.reserved += lane.reserved < 2
     return reservation
 
 AdmissionQueue.reserve = leaky
@@ -67,10 +68,11 @@ async def test_no_input_gets_past_the_token() -> None:
         (SNAPSHOT.format("await asyncio.sleep(60)"), "no end within"),
         (SNAPSHOT.format("return api.web.Response(text=request.path)"), "neither JSON"),
         (ECHOES, "the parser's constant"),
-        (LEAKS, "room for 6 tasks"),
+        (LEAKS.format("interactive"), "room for 6 interactive tasks answers [202, 202"),
+        (LEAKS.format("batch"), "room for 3 batch tasks answers [202, "),
         (TELLS, "llorch says"),
     ],
-    ids=["raises", "hangs", "no-json", "echoes", "leaks", "tells"],
+    ids=["raises", "hangs", "no-json", "echoes", "leaks", "leaks-batch", "tells"],
 )
 async def test_a_planted_bug_is_found(bug: str, says: str) -> None:
     """Each kind of bug is reported as what it is."""

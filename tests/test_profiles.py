@@ -258,7 +258,7 @@ async def test_the_profiles_differ_where_the_contract_says_and_nowhere_else(
     listed = {line for line in expected() if line[0] != "every"}
     assert (set(found) - listed, listed - set(found)) == (set(), set()), "not listed, and listed in vain"
     routes = {(method, path.replace("{pool_id}", "default")) for method, path, _ in api.ROUTES}
-    assert routes <= mvp.asked | {("GET", "/")}
+    assert routes <= mvp.asked
     told = {answer["body"].get("code") for answer in mvp.seen.values() if isinstance(answer["body"], dict)}
     assert told - {None} == {kind.code for kind in subclasses(LlorchError)}
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -14,14 +15,15 @@ from tests.child import Child, llorch
 from tests.fakes import FakeLlamaServer
 from tests.fuzz import inputs
 from tests.fuzz.attack import Address, Attack, Failure
+from tests.pools import written
 
 FAILURES = Path("build/fuzz")
 URL_BOUND_S = 60.0  # for a server whose time limits we do not know
 PACE_S = 0.02  # between tokens: slow enough for a queue that is full most of the time
 SETTINGS: dict[str, Any] = {
-    "adapter.self_test": False,
-    "adapter.slots": 2,
     "queue.capacity": 4,
+    "queue.batch_capacity": 3,
+    "queue.batch_promote_s": 0.2,
     "queue.max_bytes": 8192,
     "limits.max_tokens": 16,
     "limits.max_tokens_default": 8,
@@ -72,7 +74,8 @@ async def fuzz(
             showing.cancel()
         await attack.settle()
         if child is not None:
-            await attack.fill(SETTINGS["queue.max_bytes"] // SETTINGS["queue.capacity"] - 100)
+            places = SETTINGS["queue.capacity"] + SETTINGS["queue.batch_capacity"]
+            await attack.fill(SETTINGS["queue.max_bytes"] // places - 100)
             attack.failures += [Failure(-1, what) async for what in _autopsy(child, files)]
     if show:
         _report(attack, time.monotonic() - began)
@@ -101,10 +104,14 @@ async def _attacked(url: str | None, token: str, before: str) -> AsyncIterator[t
         yield (parts.hostname or "127.0.0.1", parts.port or 80), None
         return
     secrets = [inputs.CANARY.encode(), *([token.encode()] if token else [])]
-    async with FakeLlamaServer(slots=2, pace_s=PACE_S) as engine:
-        settings = SETTINGS | {"adapter.endpoint": engine.url} | ({"auth.token": token} if token else {})
-        async with llorch(settings, before=before, secrets=secrets) as child:
-            yield child.address, child
+    settings = SETTINGS | ({"auth.token": token} if token else {})
+    async with contextlib.AsyncExitStack() as open_:
+        engines = [await open_.enter_async_context(FakeLlamaServer(pace_s=PACE_S)) for _ in range(3)]
+        folder = Path(open_.enter_context(tempfile.TemporaryDirectory()))
+        pools = {"default": {"gpu0": engines[0], "gpu1": engines[1]}, "small": {"gpu2": engines[2]}}
+        file = written(folder, pools)
+        child = await open_.enter_async_context(llorch(settings, before=before, secrets=secrets, file=file))
+        yield child.address, child
 
 
 # -- what is shown ---------------------------------------------------------------------------------

@@ -81,14 +81,23 @@ class Attack:
             self.failures.append(Failure(-1, f"left behind once every task was cancelled: {left}"))
 
     async def fill(self, prompt_bytes: int) -> None:
-        """Check that an idle server admits as many tasks as it has slots and places: no place has leaked."""
-        pool = await self._get("/v1/pools/default/health")
-        room = pool["slots"]["total"] + pool["queue"]["capacity"]
-        body = msgspec.json.encode({"prompt": "x" * prompt_bytes})
-        answered = [(await self.ask("POST", "/v1/tasks", body))[0] for _ in range(room)]
-        if answered != [202] * room:
-            self.failures.append(Failure(-1, f"an idle server with room for {room} tasks answers {answered}"))
-        await self._cancel_all()
+        """Check that idle pools admit as many tasks as they have slots and places: no place has leaked."""
+        for pool in (await self._get("/v1/status"))["pools"]:
+            queue = pool["queue"]
+            rooms = {
+                "interactive": pool["slots"]["total"] + queue["interactive"]["capacity"],
+                "batch": queue["batch"]["capacity"],
+            }
+            for lane, room in rooms.items():
+                task = {"prompt": "x" * prompt_bytes, "pool_id": pool["pool_id"], "priority": lane}
+                body = msgspec.json.encode(task)
+                answered = [(await self.ask("POST", "/v1/tasks", body))[0] for _ in range(room)]
+                if answered != [202] * room:
+                    what = (
+                        f"an idle pool {pool['pool_id']} with room for {room} {lane} tasks answers {answered}"
+                    )
+                    self.failures.append(Failure(-1, what))
+            await self._cancel_all()
 
     async def _cancel_all(self) -> None:
         for state in ("queued", "running"):
@@ -96,14 +105,16 @@ class Attack:
                 await self.ask("POST", f"/v1/tasks/{task['task_id']}/cancel")
 
     async def _left(self) -> dict[str, int]:
-        pool = await self._get("/v1/pools/default/health")
-        counts = {
-            "queued": pool["queue"]["depth"],
-            "bytes": pool["queue"]["bytes"],
-            "busy": pool["slots"]["busy"],
-            "draining": pool["slots"]["draining"],
-        }
-        return {name: count for name, count in counts.items() if count}
+        found = {}
+        for pool in (await self._get("/v1/status"))["pools"]:
+            counts = {
+                "queued": pool["queue"]["depth"],
+                "bytes": pool["queue"]["bytes"],
+                "busy": pool["slots"]["busy"],
+                "draining": pool["slots"]["draining"],
+            }
+            found |= {f"{pool['pool_id']} {name}": count for name, count in counts.items() if count}
+        return found
 
     async def _a_task(self) -> bytes:
         status, body = await self.ask("POST", "/v1/tasks", b'{"prompt": "the first", "max_tokens": 1}')
