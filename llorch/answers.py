@@ -104,6 +104,23 @@ class Replica(msgspec.Struct, frozen=True):
     last_error: str | None = None
 
 
+class ReloadStep(msgspec.Struct, frozen=True):
+    """What a reload did, and how long it took in ms."""
+
+    name: str
+    ms: int = 0
+    replica_id: str | None = None
+
+
+class Reloaded(msgspec.Struct, frozen=True):
+    """What a pool has after a reload, and which replicas are let go."""
+
+    pool_id: str
+    replicas: list[str] = []
+    retired: list[str] = []
+    steps: list[ReloadStep] = []
+
+
 class Drain(msgspec.Struct, frozen=True):
     """A pool that takes no new tasks: milliseconds until what it has is failed."""
 

@@ -96,6 +96,20 @@ def add_commands(commands: Any, run: Callable[[argparse.Namespace], int]) -> Non
     parser = command("health", "say how each pool is; exit 0 if all are ready")
     parser.add_argument("pool", nargs="?", metavar="POOL", help="this pool only")
 
+    parser = command(
+        "reload",
+        "have the server read its configuration of a pool again",
+        "What is new is tried out first; if anything is wrong, nothing changes.",
+    )
+    parser.add_argument("pool", nargs="?", metavar="POOL", help="default: the server's default pool")
+
+    parser = command("drain", "have a pool take no new tasks, until a reload or --end")
+    parser.add_argument("pool", nargs="?", metavar="POOL", help="default: the server's default pool")
+    how = parser.add_mutually_exclusive_group()
+    text = "what it has may go on for so long, and is failed then (default: 300)"
+    how.add_argument("--deadline-s", type=_deadline_s, default=300.0, metavar="S", help=text)
+    how.add_argument("--end", action="store_true", help="take tasks again")
+
 
 def add_doctor(commands: Any, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
     """Register `doctor`; where the configuration is found is added by whoever knows."""
@@ -213,6 +227,12 @@ def _number(text: str) -> float:
 def _seconds(text: str) -> float:
     if not 0 < (number := float(text)) < 1e7:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds over 0")
+    return number
+
+
+def _deadline_s(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0 to 86400, got {text!r}")
     return number
 
 

@@ -92,9 +92,9 @@ def list_path(state: str | None, limit: int) -> str:
     return f"{TASKS}?limit={limit}" + (f"&state={quote(state)}" if state else "")
 
 
-def pool_path(pool_id: str) -> str:
-    """Of a pool's health."""
-    return f"/v1/pools/{quote(pool_id, safe='')}/health"
+def pool_path(pool_id: str, what: str = "health") -> str:
+    """Of a pool's health, reload or drain."""
+    return f"/v1/pools/{quote(pool_id, safe='')}/{what}"
 
 
 # -- the client ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from llorch.answers import (
     NotFound,
     Pool,
     Refused,
+    Reloaded,
     ServerBug,
     TaskList,
     TooOld,
@@ -95,6 +96,10 @@ async def _command(
             return await ps(client, console, options)
         case "top":
             return await top.watch(client, console, options)
+        case "reload":
+            return await reload(client, console, options)
+        case "drain":
+            return await drain(client, console, options)
         case _:
             return await health(client, console, options)
 
@@ -197,6 +202,50 @@ async def health(client: Client, console: Console, options: argparse.Namespace) 
     else:
         await console.lines(health_lines(pools, colour=console.colour))
     return Exit.DONE if all(pool.ready for pool in pools) else Exit.UNAVAILABLE
+
+
+async def reload(client: Client, console: Console, options: argparse.Namespace) -> int:
+    """Have the configuration of a pool read again, and tell what was done."""
+    path = paths.pool_path(await _pool_id(client, options), "reload")
+    answer = await client.ask("POST", path, msgspec.Raw)
+    if options.json:
+        await _json(console, answer)
+        return Exit.DONE
+    done = msgspec.json.decode(answer, type=Reloaded)
+    let_go = f"; let go: {', '.join(done.retired)}" if done.retired else ""
+    steps = (
+        f"{step.name} {step.replica_id or ''}".rstrip() + f": {duration(step.ms)}" for step in done.steps
+    )
+    said = clean(f"pool {done.pool_id} has {', '.join(done.replicas)}{let_go}")
+    await console.lines([said, *(f"  {clean(step)}" for step in steps)])
+    return Exit.DONE
+
+
+async def drain(client: Client, console: Console, options: argparse.Namespace) -> int:
+    """Have a pool take no new tasks, or take them again."""
+    pool_id = await _pool_id(client, options)
+    told = {"cancel": True} if options.end else {"deadline_ms": round(options.deadline_s * 1000)}
+    path = paths.pool_path(pool_id, "drain")
+    try:
+        answer = await client.ask("POST", path, msgspec.Raw, msgspec.json.encode(told))
+    except TooOld as error:
+        raise TooOld(f"{error}; one of the home profile has none either") from None
+    if options.json:
+        await _json(console, answer)
+    elif options.end:
+        await console.lines([clean(f"pool {pool_id} takes tasks again")])
+    else:
+        left = duration(1000 * options.deadline_s)
+        await console.lines([clean(f"pool {pool_id} takes no new tasks; what it has is failed in {left}")])
+    return Exit.DONE
+
+
+async def _pool_id(client: Client, options: argparse.Namespace) -> str:
+    """The pool that is meant; the server tells its default one first."""
+    if options.pool:
+        return str(options.pool)
+    pools = [msgspec.json.decode(pool, type=Pool) for pool in await _pools(client)]
+    return pools[0].pool_id if pools else DEFAULT_POOL
 
 
 async def _pools(client: Client) -> list[msgspec.Raw]:

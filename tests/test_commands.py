@@ -1,5 +1,6 @@
 """The commands that ask a server and leave: what they show, as text and as JSON, and their exit codes."""
 
+import asyncio
 import datetime
 import json
 import os
@@ -142,6 +143,44 @@ async def test_every_pool_of_a_newer_server_is_shown() -> None:
 
 
 # -- cancel ----------------------------------------------------------------------------------------
+
+
+async def test_reload_and_drain_say_what_they_did(fake_engine: FakeLlamaServer, tmp_path: Path) -> None:
+    """Of the default pool unless one is named; a reload that changes nothing says why."""
+    file = written(tmp_path, {"big": {"e0": fake_engine}})
+    async with Live(fake_engine, file=file) as live:
+        said = await ask(live.url, "reload")
+        assert (said.code, said.err) == (Exit.DONE, [])
+        assert said.out.splitlines()[0] == "pool big has e0"
+        assert [line.split(":")[0] for line in said.out.splitlines()[1:]] == [
+            "  validate",
+            "  probe e0",
+            "  agree",
+            "  switch",
+        ]
+        said = await ask(live.url, "drain", "big", "--deadline-s", "60")
+        assert (said.code, said.out) == (
+            Exit.DONE,
+            "pool big takes no new tasks; what it has is failed in 60 s\n",
+        )
+        assert (await live.post()).status == 503
+        said = await ask(live.url, "drain", "--end", "--json")
+        assert json.loads(said.out) == {"pool_id": "big", "draining": False}
+        assert (await live.post()).status == 202
+        await asyncio.to_thread(file.write_text, "queue.capactiy = 1")
+        said = await ask(live.url, "reload", "big")
+        assert said.code == Exit.REFUSED
+        assert "nothing was changed: validate: queue.capactiy: unknown key" in said.err[0].replace(
+            f"{file}: ", ""
+        )
+        assert (await ask(live.url, "drain", "small")).code == Exit.NOT_FOUND
+
+
+async def test_a_home_server_has_no_drain(fake_engine: FakeLlamaServer) -> None:
+    """It is said, rather than that it must be old alone."""
+    async with Live(fake_engine, profile="home") as live:
+        said = await ask(live.url, "drain", token=TOKEN)
+        assert (said.code, "home profile" in said.err[0]) == (Exit.PROTOCOL, True)
 
 
 async def test_cancel_says_what_became_of_the_task(fake_engine: FakeLlamaServer) -> None:
