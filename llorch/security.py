@@ -37,6 +37,7 @@ class Gate:
         cors_origins: Iterable[str],
     ) -> None:
         self._token = token
+        self._token_identity = f"token:{hashlib.sha256(token.encode()).hexdigest()[:6]}"
         self._optional_on_loopback = optional_on_loopback
         self._trust_proxy_auth = trust_proxy_auth
         self._own_names = {"localhost", *(name.lower() for name in own_names if name)}
@@ -122,7 +123,7 @@ class Gate:
             return "localhost"
         local, proxied = _is_loopback(peer), _is_proxied(headers)
         if given and self._matches(given[0]):
-            return f"token:{hashlib.sha256(self._token.encode()).hexdigest()[:6]}"
+            return self._token_identity
         if self._trust_proxy_auth and local and proxied and given and given[0].strip():
             return "proxy"
         if not given and self._optional_on_loopback and local and not proxied:
