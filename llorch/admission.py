@@ -173,7 +173,7 @@ class AdmissionQueue:
         self.lanes: dict[Priority, Lane] = {"interactive": Lane(), "batch": Lane(ripens=True)}
         self.reserved_bytes = 0
         self.waiting_bytes = 0
-        self.version = 0  # another after each change
+        self._changes = 0
         self._interactive, self._batch = self.lanes["interactive"], self.lanes["batch"]
         self._interactive_has_turn = False  # after a batch task has gone before it
         self._refuse = refuse
@@ -193,6 +193,11 @@ class AdmissionQueue:
             yield task
             yield from islice(others, 1)
         yield from chain(others, islice(self._batch, self._promoted(), None))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another after each change of the order; time changes it too, by promotion."""
+        return self._changes, self._promoted()
 
     def depth(self, priority: Priority) -> int:
         """How many tasks of that priority wait."""
@@ -323,7 +328,7 @@ class AdmissionQueue:
 
     def wake(self) -> None:
         """Let every coroutine that waits on `changed` look again, soon; plain code may call this."""
-        self.version += 1
+        self._changes += 1
         if self._waker is None and _in_loop():
             self._waker = asyncio.create_task(self._notify(), name="queue-wake")
 

@@ -87,6 +87,18 @@ async def test_a_waiting_task_hears_of_its_place() -> None:
 
 
 @virtual_time
+async def test_a_promotion_is_a_move() -> None:
+    """A batch task goes before an interactive one once it has waited long, though nobody came or went."""
+    async with rig(slots=1, batch_promote_s=5.0) as built:
+        await built.running()
+        batch, interactive = await built.submit(priority="batch"), await built.submit()
+        shared = Outlook(built.orchestrator)
+        listeners = [Listener(built, task, shared) for task in (batch, interactive)]
+        await advance(5 + TICK_S)
+        assert [listener.all("queue_position") for listener in listeners] == [[1, 0], [0, 1]]
+
+
+@virtual_time
 async def test_the_predicted_start_is_from_now() -> None:
     """It follows from what was measured, and counts down; a strict task ahead counts whole."""
     async with rig(slots=2) as built:
