@@ -226,7 +226,7 @@ class ReplicaSet:
             self._anchor = (agreed or able)[0]
         self._made = self._anchor.made.or_else(self._made) if agreed else self._anchor.made
         made = self._made
-        for replica in sorted(agreed, key=lambda replica: replica.excluded is not None):
+        for replica in sorted(able, key=lambda replica: replica.excluded is not None):
             if disagreement(replica.made, made) is None:  # what it alone can tell holds for the others too
                 made = made.or_else(replica.made)
         for replica in self:

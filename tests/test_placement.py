@@ -48,7 +48,7 @@ def chosen(decision: Decision, everyone: list[Candidate]) -> Candidate:
 
 
 @given(candidates(), st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_only_one_that_may_take_it_is_chosen(everyone: list[Candidate], strict: bool) -> None:
     """Never an unready or a full one; strict ones on an idle, verified one, or an unknown one if none is."""
     fit = [candidate for candidate in everyone if allowed(candidate, everyone, strict=strict)]
@@ -63,7 +63,7 @@ def test_only_one_that_may_take_it_is_chosen(everyone: list[Candidate], strict: 
 
 
 @given(candidates(), st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_the_best_by_free_memory_load_and_name_is_chosen(everyone: list[Candidate], strict: bool) -> None:
     """Most free VRAM; of those with as much the fewest active slots; of those the first name."""
     decision = choose(everyone, strict=strict)
@@ -90,7 +90,7 @@ def test_the_best_by_free_memory_load_and_name_is_chosen(everyone: list[Candidat
 
 
 @given(st.data(), candidates(), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_same_replicas_give_the_same_choice(
     data: st.DataObject, everyone: list[Candidate], strict: bool
 ) -> None:
@@ -103,7 +103,7 @@ def test_the_same_replicas_give_the_same_choice(
 
 
 @given(candidates(), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_who_can_not_take_it_changes_nothing_but_a_verdict(everyone: list[Candidate], strict: bool) -> None:
     """Without the unready ones the same one is chosen for the same reason."""
     decision = choose(everyone, strict=strict)

@@ -9,7 +9,7 @@ import pytest
 from llorch.agreement import Made, disagreement
 from llorch.engine import Engine, EngineBroken, EngineGone, EngineRefused, EngineStalled
 from llorch.errors import DeterminismUnavailable, PoolUnavailable, PoolUnready, QueueFull
-from llorch.replica import PROBE_INTERVAL_S, SelfTest
+from llorch.replica import PROBE_INTERVAL_S, Replica, SelfTest
 from llorch.selftest import Determinism, Verdict
 from llorch.task import Priority, State, Task, TaskRequest
 from tests.memory_engine import Call, MemoryEngine
@@ -285,6 +285,29 @@ async def test_two_that_differ_are_told_apart_though_the_first_tells_nothing() -
         gate.set()
         await settled()
         assert faults(it) == [None, None, "it has another model (sha256:b…), the pool sha256:a…"]
+
+
+@virtual_time
+async def test_of_those_that_are_let_in_together_no_two_differ() -> None:
+    """In the very step in which none of the old kind can work any more."""
+    built = engines(1, 1, 1, 1)
+    for engine in built[1:]:
+        engine.change(engine_version="b2")
+    for engine, digest in zip(built[2:], ["sha256:a", "sha256:b"], strict=True):
+        engine.change(model_path="/m.gguf")
+        engine.digests["/m.gguf"] = digest
+    async with rig(engines=built) as it:
+        assert [replica.ready for replica in it.pool.replicas] == [True, False, False, False]
+        replicas, ready = it.pool.replicas, list[list[bool]]()
+
+        def changed(replica: Replica) -> None:
+            replicas._changed(replica)
+            ready.append([each.ready for each in replicas])
+
+        replicas[0].on_change = changed
+        await die(built[0])
+        await advance(PROBE_INTERVAL_S)
+        assert ready == [[False, True, True, False]]
 
 
 @virtual_time
