@@ -34,7 +34,7 @@ class ReplicaSet:
         free_vram: FreeVram,
     ) -> None:
         self._replicas: list[Replica] = []
-        self._retiring: set[Replica] = set()
+        self._retiring: dict[Replica, None] = {}  # in the order in which they were let go
         self._anchor: Replica | None = None
         self._made = Made(None, None, None)  # what the anchor told, or the ones before it
         self._on_change = on_change
@@ -191,7 +191,7 @@ class ReplicaSet:
         added = [replica for replica in replicas if replica not in self._replicas]
         self._replicas = list(replicas)
         for replica in retired:
-            self._retiring.add(replica)
+            self._retiring[replica] = None
             self._said.pop(replica, None)
             replica.engine.keep_spare(False)
             replica.retire()
@@ -257,7 +257,7 @@ class ReplicaSet:
         await replica.run()
         await replica.close()
         await replica.engine.close()
-        self._retiring.discard(replica)
+        self._retiring.pop(replica, None)
 
     async def close(self) -> None:
         """Close every engine connection, of those that were on their way out too."""

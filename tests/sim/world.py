@@ -73,8 +73,8 @@ class World:
         clients = [
             asyncio.create_task(self._client(n), name=f"client-{n}") for n in range(chance.randint(2, 9))
         ]
-        outside = {asyncio.create_task(self._weather(engine), name="weather") for engine in self.engines}
-        outside.add(asyncio.create_task(self._operator(), name="operator"))
+        outside = [asyncio.create_task(self._weather(engine), name="weather") for engine in self.engines]
+        outside.append(asyncio.create_task(self._operator(), name="operator"))
         if chance.random() < 0.2:
             await asyncio.sleep(chance.choice((0.01, 0.2, 1.0)))
         else:
@@ -84,7 +84,7 @@ class World:
         await self._stop()
         for trouble in outside:
             trouble.cancel()
-        await asyncio.wait({*clients, *outside})
+        await asyncio.wait([*clients, *outside])
         for trouble in outside:
             if not trouble.cancelled() and (bug := trouble.exception()) is not None:
                 raise bug
