@@ -17,13 +17,13 @@ CODES = {
     404: {"UNKNOWN_POOL", "TASK_NOT_FOUND", "NOT_FOUND"},
     405: {"METHOD_NOT_ALLOWED"},
     408: {"BODY_TIMEOUT"},
-    409: {"DETERMINISM_UNAVAILABLE"},
+    409: {"DETERMINISM_UNAVAILABLE", "RELOAD_FAILED"},
     413: {"BODY_TOO_LARGE"},
     415: {"UNSUPPORTED_MEDIA_TYPE"},
     429: {"ADMISSION_REJECT"},
     503: {"POOL_UNREADY", "POOL_UNAVAILABLE", "TOO_MANY_STREAMS"},
 }
-ENVELOPE = {"code", "message", "engine", "retriable", "retry_after_ms", "hint", "policy_label"}
+ENVELOPE = {"code", "message", "engine", "retriable", "retry_after_ms", "hint", "policy_label", "steps"}
 ENDS = ("end", "error")
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 HEADERS = {

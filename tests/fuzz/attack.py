@@ -72,7 +72,10 @@ class Attack:
         await asyncio.wait({asking})
 
     async def settle(self) -> None:
-        """Cancel every task, and wait for an empty queue and free slots."""
+        """End every drain, cancel every task, and wait for an empty queue and free slots."""
+        for pool in (await self._get("/v1/status"))["pools"]:
+            if "drain" in pool:
+                await self.ask("POST", f"/v1/pools/{pool['pool_id']}/drain", b'{"cancel": true}')
         await self._cancel_all()
         until = time.monotonic() + SETTLE_S
         while (left := await self._left()) and time.monotonic() < until:  # noqa: ASYNC110

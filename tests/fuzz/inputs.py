@@ -85,9 +85,25 @@ def good_request(chance: random.Random) -> Request:
     if target == b"/v1/tasks" and method == b"POST":
         request.body = json.dumps(good_task(chance)).encode()
         request.fields.append(b"Content-Type: application/json")
+    for ending, bodies in CONTROL.items():
+        if target.endswith(ending):
+            request.body = chance.choice(bodies)
+            request.fields.append(b"Content-Type: application/json")
     if chance.random() < 0.3:
         request.fields.append(chance.choice(GOOD_FIELDS))
     return request
+
+
+CONTROL = {  # nothing that a later input could not live with: no engine is reached, and drains are short
+    b"/reload": (
+        *(b"", b"{}", b'{"replicas": []}', b'{"replicas": [{"endpoint": "http://127.0.0.1:9"}]}'),
+        b'{"replicas": [{"endpoint": "unix:/none", "slots": "auto", "devices": [0, 0]}]}',
+    ),
+    b"/drain": (
+        *(b'{"deadline_ms": 5}', b'{"deadline_ms": 86400001}', b'{"cancel": false}', b"{}"),
+        *(b'{"cancel": true}',) * 4,
+    ),
+}
 
 
 ROUTES = [
@@ -103,6 +119,8 @@ ROUTES = [
     (b"GET", b"/v1/tasks/" + TASK_ID + b"/stream?metrics=1"),
     (b"GET", b"/v1/pools/default/health"),
     (b"GET", b"/v1/pools/small/health"),
+    (b"POST", b"/v1/pools/default/reload"),
+    *[(b"POST", b"/v1/pools/small/drain")] * 2,
     (b"GET", b"/v1/status"),
     (b"GET", b"/metrics"),
     (b"GET", b"/v1/capabilities"),
