@@ -275,21 +275,22 @@ def _told_by_file(section: S, at: str, key: str, env: Mapping[str, str], faults:
 
 
 def _read_secret(key: str, path: Path, forbidden_mode: int, faults: list[str]) -> str | None:
+    shown = str(path) if str(path).isprintable() else repr(str(path))
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             secret = file.read(4096).decode().strip()
     except OSError as error:
-        faults.append(f"{key}: {path} can't be read: {error.strerror}")
+        faults.append(f"{key}: {shown} can't be read: {error.strerror}")
     except UnicodeDecodeError:
-        faults.append(f"{key}: {path} is not text")
+        faults.append(f"{key}: {shown} is not text")
     except ValueError:
         faults.append(f"{key}: not the name of a file, got {str(path)!r}")
     else:
         if mode & forbidden_mode:
-            faults.append(f"{key}: others can read {path} (mode {mode:04o}): chmod 600 {path}")
+            faults.append(f"{key}: others can read {shown} (mode {mode:04o}): chmod 600 {shown}")
         elif not secret:
-            faults.append(f"{key}: {path} is empty")
+            faults.append(f"{key}: {shown} is empty")
         else:
             return secret
     return None
