@@ -244,7 +244,7 @@ def _working(pool: Pool) -> list[Finding]:
     """What keeps a pool of a running llorch, or one of its replicas, from its work."""
     if pool.drain is not None:
         what = f"pool {pool.pool_id} is drained: it takes no new tasks"
-        return [Finding("llorch", "note", what, 'reload it, or end the drain with {"cancel": true}')]
+        return [Finding("llorch", "note", what, f"llorch drain --end {pool.pool_id} ends that, a reload too")]
     if not pool.ready:
         why = pool.last_error or "the model is loading"
         return [Finding("llorch", "bad", f"pool {pool.pool_id} is not ready: {why}", "see the engine below")]

@@ -28,7 +28,7 @@ def drained(pool: Pool) -> str:
         return ""
     left = duration(pool.drain.deadline_ms)
     what = f"what it has is failed in {left}" if pool.drain.deadline_ms else "what it had is over"
-    return f'it takes no new tasks, and {what}; reload it, or end the drain with {{"cancel": true}}'
+    return f"it takes no new tasks, and {what}; llorch drain --end {pool.pool_id} ends that, a reload too"
 
 
 def replica_line(replica: Replica) -> tuple[str, ...]:

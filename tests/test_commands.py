@@ -382,7 +382,7 @@ def test_a_drained_pool_says_so(deadline_ms: int, words: str) -> None:
     ):
         (told,) = [line for line in lines if "takes no new tasks" in line]
         assert words in told
-        assert "reload it, or end the drain" in told
+        assert "llorch drain --end big ends that" in told
 
 
 async def test_two_replicas_and_the_batch_lane_in_a_live_server(
