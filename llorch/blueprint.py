@@ -70,13 +70,17 @@ class ConfiguredPools:
         return plans
 
     def with_replicas(self, plan: PoolPlan, replicas: Sequence[ReplicaPlan]) -> PoolPlan:
-        """The plan with other replicas; raises PlanRefused."""
+        """The plan with other replicas; raises PlanRefused.
+
+        An engine that the pool has already keeps its key; no other is ever sent one that it was not given.
+        """
+        keys = {replica.endpoint: replica.api_key for replica in plan.replicas}
         tables = pools_in_force(self._config)
         told = tuple(
             ReplicaTable(
                 id=replica.replica_id,
                 endpoint=replica.endpoint,
-                api_key=replica.api_key,
+                api_key=replica.api_key or keys.get(replica.endpoint, ""),
                 slots=replica.slots or "auto",
                 devices=replica.devices,
             )

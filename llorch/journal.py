@@ -45,7 +45,7 @@ def _sentence(task: Task, previous: State | None) -> tuple[int, str, str]:
 def task_placed(pool: Pool, task: Task, decision: Decision) -> None:
     """Write down which replica a task went to and why, where there was a choice to make."""
     if len(pool.replicas) > 1:
-        message = f"task placed on {decision.replica_id}: {decision.reason}, of {decision.considered}"
+        message = f"task placed on {decision.replica_id}: {decision.reason}"
         log.info(message, extra={"event": "placed", **pool.log_fields(), **task.log_fields()})
 
 

@@ -115,9 +115,11 @@ class ReplicaSet:
 
     @property
     def slots(self) -> SlotCounts:
-        """Slots in force, of all that are not kept out; those at work, those that the engine still holds."""
+        """Slots in force, of the ready replicas if there is one; those at work, those that drain."""
+        agreed = self._those_that_agree()
+        in_force = [replica for replica in agreed if replica.ready] or agreed
         return SlotCounts(
-            total=sum(replica.slots for replica in self._those_that_agree()),
+            total=sum(replica.slots for replica in in_force),
             busy=sum(replica.busy for replica in self),
             draining=sum(replica.draining for replica in self),
         )

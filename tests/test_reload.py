@@ -280,6 +280,22 @@ async def test_a_bad_body_is_told_by_its_path(fake_engine: FakeLlamaServer) -> N
         refused(await live.ask("POST", "/v1/pools/other/reload"), 404, "UNKNOWN_POOL")
 
 
+async def test_a_key_goes_to_no_engine_that_was_not_given_it(file: Path) -> None:
+    """One that the pool has keeps its key; another is asked without, whatever a client names."""
+    async with engines(1, api_key="its-key-0123456789") as (first,), engines(1) as (second,):
+        key = 'api_key = "its-key-0123456789"'
+        write(file, toml(first) + key)
+        async with Live(first, file=file) as live:
+            answer = await reload(live, {"endpoint": first.url, "slots": 1}, {"endpoint": second.url})
+            assert answer.status == 200, answer.body
+            assert "authorization" in first.requests[-1].headers
+            assert {request.headers.get("authorization") for request in second.requests} == {None}
+            given = await reload(live, {"endpoint": second.url, "api_key": "another-0123456789"})
+            assert given.status == 200
+            assert second.requests[-1].headers["authorization"] == "Bearer another-0123456789"
+            assert "another-0123456789" in live.secrets
+
+
 async def test_the_second_of_two_reloads_is_refused(file: Path) -> None:
     """The first goes on, also when its client has gone."""
     async with engines() as (first, second):
