@@ -607,10 +607,9 @@ def clean_up(loop: SimLoop) -> None:
     """After a violation there may be anything left."""
     loop.after_step = lambda: None
     loop.max_steps += 100_000
-    left = asyncio.all_tasks(loop)
-    for task in left:
-        task.cancel()
-    if left:
+    while left := asyncio.all_tasks(loop):  # a task that ends may let the next one start
+        for task in left:
+            task.cancel()
         loop.run_until_complete(asyncio.wait(left))
     loop.run_until_complete(loop.shutdown_asyncgens())
     asyncio.set_event_loop(None)
