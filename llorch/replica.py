@@ -169,6 +169,7 @@ class Replica:
         self._last_progress: float | None = None
         self._digest_task: asyncio.Task[None] | None = None
         self._retired = False
+        self._closed = False
         self._vacated = asyncio.Event()
 
     # -- what is ------------------------------------------------------------------------------
@@ -331,7 +332,8 @@ class Replica:
         self.props = props
 
     def _start_reading_digest(self, model_path: str | None) -> None:
-        if model_path is not None and (self._digest_task is None or self._digest_task.done()):
+        reads = self._digest_task is not None and not self._digest_task.done()
+        if model_path is not None and not reads and not self._closed:
             self._digest_task = asyncio.create_task(self._read_digest(model_path), name="model-digest")
 
     async def _read_digest(self, model_path: str) -> None:
@@ -519,7 +521,7 @@ class Replica:
 
     async def close(self) -> None:
         """End every background look; called once no task uses the engine."""
-        self._self_test = None  # no new one
+        self._closed, self._self_test = True, None  # a probe that is under way begins nothing new
         if self._digest_task is not None:
             self._digest_task.cancel()
         while (examination := self._examination) is not None:

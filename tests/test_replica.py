@@ -853,3 +853,18 @@ async def test_closing_ends_a_self_test_and_begins_no_other() -> None:
     async with watched(MemoryEngine(slots=1), self_test=SelfTest()) as replica:
         await replica.close()
         assert replica.determinism == "unknown"
+
+
+@virtual_time
+async def test_a_probe_that_is_under_way_at_the_close_begins_nothing() -> None:
+    """Neither a self-test nor the reading of gigabytes."""
+    engine = MemoryEngine(slots=1)
+    engine.change(model_path="/a.gguf")
+    gate = engine.hold("health")
+    self_test = SelfTest()
+    async with watched(engine, self_test=self_test) as replica:
+        await replica.close()
+        gate.set()
+        await settled()
+        assert replica.ready
+        assert (self_test.runs, engine.asked["model_digest"]) == (0, 0)
