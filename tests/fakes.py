@@ -243,6 +243,9 @@ class Connection:
             self.gone.set()
 
 
+_TURNS_TO_ACCEPT = 4
+
+
 @dataclass
 class FakeLlamaServer:
     """A llama-server that generates numbered words, or plays scripts. Attributes may be changed at any time.
@@ -313,9 +316,12 @@ class FakeLlamaServer:
 
     async def _stop(self, end: Callable[[asyncio.StreamWriter], None]) -> None:
         if self._server is not None:
+            for sock in self._server.sockets:  # a server that closes while it accepts leaks the connection
+                asyncio.get_running_loop().remove_reader(sock.fileno())
+            for _ in range(_TURNS_TO_ACCEPT):  # handlers of connections just accepted begin
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
-            await asyncio.sleep(0)  # handlers of connections just accepted begin
         handlers = dict(self._handlers)
         for handler, writer in handlers.items():
             end(writer)
