@@ -32,6 +32,13 @@ async def test_no_task_is_lost_while_the_engine_is_killed() -> None:
     assert await Soak(tasks=300, kills=3, seed=1).run() == []
 
 
+async def test_no_task_is_lost_by_reloads_and_deaths_of_two_engines() -> None:
+    """What had not begun goes to the other engine, what a reload takes away finishes; both lanes."""
+    soak = Soak(tasks=300, kills=3, seed=4, engines=2, reloads=6)
+    assert await soak.run() == []
+    assert soak.reloaded == 6
+
+
 @pytest.mark.parametrize(
     ("bug", "says"),
     [

@@ -21,6 +21,7 @@ SLOW_S = 0.01
 LONG_TOKENS = 64  # of a task that is to be cancelled on its way
 SEEDED_EVERY, SEEDED_IN = 300, 15  # of so many tasks the last so many are often seeded: each runs alone
 SEEDED = 0.3
+BATCH = 0.25
 
 Way = Callable[["Work", "Job"], Awaitable[list[Event]]]
 
@@ -93,7 +94,8 @@ class Work:
         body: dict[str, Any] = {"prompt": f"Count from {words} on:", "max_tokens": self.max_tokens}
         if seeded:
             return body | {"seed": chance.randrange(3)}
-        return body | {"max_tokens": chance.randint(1, self.max_tokens)}
+        lane = {"priority": "batch"} if chance.random() < BATCH else {}
+        return body | {"max_tokens": chance.randint(1, self.max_tokens)} | lane
 
     async def _submit(self, client: Client, body: dict[str, Any]) -> dict[str, Any]:
         """The 202; refusals are waited out, as they ask for."""
