@@ -2,7 +2,7 @@
 
 The one rule: every change is a plain method, complete in itself, and as quick in a long queue as in a short
 one. The waiting tasks are linked dictionaries, so a cancelled one leaves at once: it blocks nobody.
-Coroutines that wait for a change hold `changed`; plain code reaches them through `wake`.
+Coroutines that wait for a change wait in `until`; plain code reaches them through `wake`.
 """
 
 import asyncio
@@ -178,6 +178,7 @@ class AdmissionQueue:
         self._interactive_has_turn = False  # after a batch task has gone before it
         self._refuse = refuse
         self._now = now
+        self._waiters = 0
         self._waker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -327,9 +328,9 @@ class AdmissionQueue:
     # -- waiting --------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Let every coroutine that waits on `changed` look again, soon; plain code may call this."""
+        """Let every coroutine that waits in `until` look again, soon; plain code may call this."""
         self._changes += 1
-        if self._waker is None and _in_loop():
+        if self._waiters and self._waker is None:
             self._waker = asyncio.create_task(self._notify(), name="queue-wake")
 
     async def _notify(self) -> None:
@@ -337,21 +338,21 @@ class AdmissionQueue:
         async with self.changed:
             self.changed.notify_all()
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds; it is looked at after each change."""
+        self._waiters += 1
+        try:
+            async with self.changed:
+                await self.changed.wait_for(condition)
+        finally:
+            self._waiters -= 1
+
     async def drained(self) -> None:
         """Return when nothing waits and nothing is reserved."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: not len(self) and not self.reserved)
+        await self.until(lambda: not len(self) and not self.reserved)
 
     def _full(self, priority: Priority) -> str:
         batch = priority == "batch"
         what = "batch tasks wait (queue.batch_capacity)" if batch else "tasks wait (queue.capacity)"
         waiting, most = len(self.lanes[priority]), self.capacity(priority)
         return f"the queue is full: {waiting} of {most} {what}; try again later"
-
-
-def _in_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

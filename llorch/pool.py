@@ -5,8 +5,10 @@ ends by calling it. So a task goes out in the same step that freed its slot; not
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -68,6 +70,8 @@ class Pool:
         self._dispatching = False
         self._chance = chance or random.Random()
         self._running: dict[asyncio.Task[None], Task] = {}
+        self._due_sooner = asyncio.Event()
+        self._watched_until = math.inf
         self._drain_until: float | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         self.replicas = ReplicaSet(
@@ -258,6 +262,8 @@ class Pool:
             wanted = not self.stopping and len(self.queue) > 0
             for replica in self.replicas:
                 replica.engine.keep_spare(wanted)
+            if wanted and self._next_due() < self._watched_until:
+                self._due_sooner.set()
         finally:
             self._dispatching = False
 
@@ -364,17 +370,22 @@ class Pool:
     async def watch_queue(self) -> None:
         """Fail tasks that waited longer than `max_wait_s`, let promoted ones go. Runs until cancelled."""
         while True:
-            async with self.queue.changed:
-                due = [head.admitted_at + self.settings.max_wait_s for head in self.queue.oldest()]
-                if (promotes_at := self.queue.promotes_at()) is not None:
-                    due.append(promotes_at)
-                try:
-                    async with asyncio.timeout_at(min(due, default=None)):
-                        await self.queue.changed.wait()
-                except TimeoutError:
-                    pass  # a head has waited long enough
+            self._due_sooner.clear()
+            self._watched_until = self._next_due()
+            with contextlib.suppress(TimeoutError):  # a head has waited long enough
+                async with asyncio.timeout_at(
+                    self._watched_until if self._watched_until < math.inf else None
+                ):
+                    await self._due_sooner.wait()
             self._expire()
             self.dispatch()
+
+    def _next_due(self) -> float:
+        """When a head of the queue will have waited for as long as it may, or long enough to be promoted."""
+        due = [head.admitted_at + self.settings.max_wait_s for head in self.queue.oldest()]
+        if (promotes_at := self.queue.promotes_at()) is not None:
+            due.append(promotes_at)
+        return min(due, default=math.inf)
 
     def _expire(self) -> None:
         limit_s = self.settings.max_wait_s

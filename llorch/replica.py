@@ -120,7 +120,8 @@ def _ignore(replica: "Replica") -> None:
 
 
 class Replica:
-    """Slots and readiness of one engine; `on_change` is called whenever the head of a queue may go.
+    """Slots and readiness of one engine; the head of a queue may go whenever one of the callbacks is called:
+    `on_change` if it is ready, is no longer, or is another than it was; `on_free` if a slot is free.
 
     `devices` are the indices of the GPUs that the engine computes on. `excluded`, if not None, is why the
     pool keeps it out.
@@ -146,6 +147,7 @@ class Replica:
         self.devices = devices
         self.plan = plan
         self.on_change = on_change
+        self.on_free: Callable[[], None] = lambda: None
         self.excluded: str | None = None
         self.health = Health.UNKNOWN
         self.last_error: str | None = None
@@ -252,7 +254,7 @@ class Replica:
         self._test_if_due()
         if self._retired and not self.leases:
             self._vacated.set()
-        self.on_change(self)
+        self.on_free()
         if lease.on_freed is not None:
             lease.on_freed()
 

@@ -36,6 +36,7 @@ class ReplicaSet:
         self._replicas: list[Replica] = []
         self._retiring: dict[Replica, None] = {}  # in the order in which they were let go
         self._anchor: Replica | None = None
+        self._agreed: list[Replica] = []
         self._made = Made(None, None, None)  # what the anchor told, or the ones before it
         self._on_change = on_change
         self._on_readiness = on_readiness
@@ -61,7 +62,7 @@ class ReplicaSet:
     @property
     def props(self) -> Props | None:
         """What their engine says of itself, None until one has."""
-        told = [replica.props for replica in self._those_that_agree() if replica.props is not None]
+        told = [replica.props for replica in self._agreed if replica.props is not None]
         return told[0] if told else None
 
     @property
@@ -72,13 +73,13 @@ class ReplicaSet:
     @property
     def model_digest(self) -> str | None:
         """The digest of the model that every replica at work has."""
-        told = (replica.model_digest for replica in self._those_that_agree())
+        told = (replica.model_digest for replica in self._agreed)
         return next((digest for digest in told if digest is not None), None)
 
     @property
     def ctx(self) -> int:
         """Tokens of context that a slot of any of them holds; 0 until known."""
-        told = [replica.props.ctx for replica in self._those_that_agree() if replica.props is not None]
+        told = [replica.props.ctx for replica in self._agreed if replica.props is not None]
         return min(told, default=0)
 
     @property
@@ -116,7 +117,7 @@ class ReplicaSet:
     @property
     def slots(self) -> SlotCounts:
         """Slots in force, of the ready replicas if there is one; those at work, those that drain."""
-        agreed = self._those_that_agree()
+        agreed = self._agreed
         in_force = [replica for replica in agreed if replica.ready] or agreed
         return SlotCounts(
             total=sum(replica.slots for replica in in_force),
@@ -180,10 +181,10 @@ class ReplicaSet:
         ready = [replica for replica in self if replica.ready]
         return min(ready or self._replicas, key=lambda replica: len(replica.leases))
 
-    def _those_that_agree(self) -> list[Replica]:
-        """The ones that are not kept out, first the one that the others are held against."""
+    def _sort_out(self) -> None:
+        """Note which are not kept out, first the one that the others are held against."""
         agreed = [replica for replica in self if replica.excluded is None]
-        return sorted(agreed, key=lambda replica: replica is not self._anchor)
+        self._agreed = sorted(agreed, key=lambda replica: replica is not self._anchor)
 
     # -- coming and going ---------------------------------------------------------------------
 
@@ -192,13 +193,14 @@ class ReplicaSet:
         retired = [replica for replica in self if replica not in replicas]
         added = [replica for replica in replicas if replica not in self._replicas]
         self._replicas = list(replicas)
+        self._sort_out()
         for replica in retired:
             self._retiring[replica] = None
             self._said.pop(replica, None)
             replica.engine.keep_spare(False)
             replica.retire()
         for replica in added:
-            replica.on_change = self._changed
+            replica.on_change, replica.on_free = self._changed, self._on_change
             self._look_after(replica)
         self._agree()
         for replica in added:
@@ -226,6 +228,7 @@ class ReplicaSet:
         agreed = [replica for replica in able if disagreement(replica.made, self._made) is None]
         if self._anchor not in agreed:
             self._anchor = (agreed or able)[0]
+            self._sort_out()
         self._made = self._anchor.made.or_else(self._made) if agreed else self._anchor.made
         made = self._made
         for replica in sorted(able, key=lambda replica: replica.excluded is not None):
@@ -235,6 +238,7 @@ class ReplicaSet:
             reason = disagreement(replica.made, made)
             if reason != replica.excluded:
                 replica.exclude(reason)
+                self._sort_out()
                 self._say(replica)
 
     # -- life ---------------------------------------------------------------------------------

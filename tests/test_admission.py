@@ -667,22 +667,20 @@ async def test_every_change_wakes_everybody_who_waits() -> None:
     seen: list[tuple[str, int]] = []
 
     async def watch(name: str) -> None:
-        async with queue.changed:
-            while True:
-                await queue.changed.wait()
-                seen.append((name, len(queue)))
+        await queue.until(lambda: seen.append((name, len(queue))) is not None)
 
     watchers = [asyncio.create_task(watch(name)) for name in "ab"]
     await settled()
+    assert seen == [("a", 0), ("b", 0)]
     task = admitted(queue)
     await settled()
-    assert seen == [("a", 1), ("b", 1)]
+    assert seen[2:] == [("a", 1), ("b", 1)]
     queue.remove(task)
     await settled()
-    assert seen[2:] == [("a", 0), ("b", 0)]
+    assert seen[4:] == [("a", 0), ("b", 0)]
     queue.reserve(1).release()
     await settled()
-    assert len(seen) == 6
+    assert len(seen) == 8
     for watcher in watchers:
         watcher.cancel()
     await asyncio.wait(watchers)

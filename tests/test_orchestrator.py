@@ -408,7 +408,7 @@ def expiring_breaks(orchestrator: Orchestrator) -> None:
     """At the deadline of a waiting task."""
     pool = orchestrator.pools["default"]
     pool._expire = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
-    pool.queue.wake()
+    pool._due_sooner.set()
 
 
 @pytest.mark.parametrize("plant", [probing_breaks, draining_breaks, expiring_breaks])

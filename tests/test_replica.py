@@ -37,8 +37,9 @@ class Watched(Replica):
     def __init__(self, engine: MemoryEngine, **options: object) -> None:
         self.told = 0
         super().__init__("r-0", engine, on_change=self._tell, chance=random.Random(1), **options)  # type: ignore[arg-type]
+        self.on_free = self._tell
 
-    def _tell(self, _: Replica) -> None:
+    def _tell(self, _: Replica | None = None) -> None:
         self.told += 1
 
 
