@@ -311,7 +311,7 @@ async def test_a_cut_stream_goes_on_where_it_was(browser: Browser, held: FakeLla
 
 async def test_a_server_that_restarts_is_found_again(browser: Browser, held: FakeLlamaServer) -> None:
     """It is said that it is gone, then that it is back and the watched task is not; no flood of errors."""
-    settings = {"adapter.endpoint": held.url, "adapter.self_test": False}
+    settings = {"adapter.endpoint": held.url, "adapter.self_test": False, "shutdown.grace_s": 0.1}
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(child.llorch(settings))
         visit = await stack.enter_async_context(visiting(browser, first, faults="ERR_"))

@@ -230,11 +230,6 @@ def strict_task_goes_to_one_that_failed(self: ReplicaSet) -> list[Candidate]:
     return [msgspec.structs.replace(one, determinism="verified") for one in _candidates(self)]
 
 
-@plant(ReplicaSet, "candidates")
-def busy_verified_replica_is_not_waited_for(self: ReplicaSet) -> list[Candidate]:
-    return [msgspec.structs.replace(one, ready=one.ready and one.open) for one in _candidates(self)]
-
-
 @plant(Replica, "ready")
 @property
 def kept_out_replica_gets_work(self: Replica) -> bool:

@@ -9,7 +9,7 @@ from tests.sim.mutants import MUTANTS
 from tests.sim.world import run_seed
 
 CHUNKS = 20
-SEEDS_PER_MUTANT = 5000  # a quarter of what scripts/test plays
+SEEDS_PER_MUTANT = 2000
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_no_interleaving_breaks_an_invariant(chunk: int, request: pytest.Fixture
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what a bug leaves behind is not awaited
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    """Each planted bug breaks an invariant within 5,000 seeds: so the search above means something."""
+    """Each planted bug breaks an invariant within 2,000 seeds: so the search above means something."""
     with MUTANTS[bug](), pytest.raises(AssertionError):
         run_seeds(SEEDS_PER_MUTANT)
 
